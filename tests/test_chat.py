@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from vlm_dft.chat import Example, as_example, open_image, place_images
+from vlm_dft.chat import Example, as_example
+from vlm_dft.chat import place_media as place_images
 from vlm_dft.errors import ImageError, RowError
+from vlm_dft.media import open_image
 
 
 def encoded(image: Image.Image, form: str) -> bytes:

@@ -157,12 +157,14 @@ def test_explaining_a_sample_names_the_reason_of_every_token(collator: ChatColla
     by_reason: dict[str, str] = {}
     for view in views:
         by_reason[view.reason] = by_reason.get(view.reason, "") + view.text
-    assert by_reason["response"] == "Red.<|im_end|>"
+    assert by_reason["response"] == "Red." and by_reason["end of turn"] == "<|im_end|>"
     assert by_reason["media"] == "<|vision_start|>" + "<|image_pad|>" * 8 + "<|vision_end|>"
     assert by_reason["template after the answer"] == "\n"
     assert "".join(v.text for v in views) == collator.tokenizer.decode(collator([ONE_TURN])["input_ids"][0])
-    report = mask_report([("sample", views)])
-    assert report["samples"][0]["targets"] == len([v for v in views if v.trained]) and len(report["hash"]) == 64
+    assert views.counts["targets"] == len([v for v in views if v.trained]) and views.images == [(56, 112)]
+    report = mask_report([views])
+    assert report["samples"][0]["targets"] == views.counts["targets"] and len(report["hash"]) == 64
+    assert {"reason": "media", "tokens": 10, "text": "<|vision_start|> <|image_pad|> x8 <|vision_end|>"} in views.runs
 
 
 @pytest.mark.parametrize(
@@ -170,13 +172,11 @@ def test_explaining_a_sample_names_the_reason_of_every_token(collator: ChatColla
     [
         ({"messages": [turn("user", "a")]}, MaskError, "no assistant message"),
         ({"messages": [turn("user", "a"), turn("assistant", " \n")]}, MaskError, "answer is empty"),
-        ({"messages": [turn("user", "<|image_pad|>"), turn("assistant", "b")]}, RowError, r"holds '<\|image_pad\|>'"),
         ({"messages": [turn("user", None, "a"), turn("assistant", "b")]}, RowError, "0 images but 1 places"),
-        ({"messages": [turn("user", "a"), turn("assistant", "b<|im_end|>")]}, RowError, "taken for the template's own"),
         (
             {"messages": [turn("user", "a"), turn("assistant", "b")], "image": RED},
             RowError,
-            "under 'images', found 'image'",
+            "under 'images' and 'videos', found 'image'",
         ),
         (
             {"messages": [turn("user", "a"), turn("assistant", "b")], "images": "a.png"},
@@ -188,7 +188,7 @@ def test_explaining_a_sample_names_the_reason_of_every_token(collator: ChatColla
             RowError,
             "aspect ratio",
         ),
-        ({"messages": [turn("user", "a"), turn("assistant", "b \ue0f0")]}, MaskError, "U\\+E0F0"),
+        ({"messages": [turn("user", "a"), turn("assistant", "b \U00100000")]}, MaskError, "U\\+100000"),
         ({"messages": [{"role": "human", "content": "a"}]}, RowError, "unknown role 'human'"),
         (
             {"messages": [turn("user", None), turn("assistant", "b")], "images": ["nowhere.png"]},
@@ -211,11 +211,22 @@ def test_a_row_that_cannot_be_right_is_refused_by_name(
     assert "row-17" in str(caught.value)
 
 
-def test_a_template_without_an_end_of_turn_is_refused(collator: ChatCollator, processor: Any) -> None:
+def test_a_template_without_an_end_of_turn_gets_the_end_of_sequence_after_the_last_answer(processor: Any) -> None:
     endless = copy.deepcopy(processor)
     endless.chat_template = endless.chat_template.replace("<|im_end|>", "")
-    with pytest.raises(MaskError, match="no end-of-turn token follows"):
-        ChatCollator(endless)([ONE_TURN])
+    collator = ChatCollator(endless)
+    messages = [turn("user", "a"), turn("assistant", "b"), turn("user", "c"), turn("assistant", "d")]
+    assert trained(collator, {"messages": messages}) == "bd<|im_end|>"
+    (note,) = [note for _, note in collator.counts]
+    assert note.startswith("end of sequence added after the last answer")
+
+
+def test_a_template_whose_answers_run_on_is_refused(processor: Any) -> None:
+    running = copy.deepcopy(processor)
+    running.chat_template = running.chat_template.replace("<|im_end|>\\n", " and so on")
+    assert running.chat_template != processor.chat_template
+    with pytest.raises(MaskError, match="no end-of-turn token follows the answer.*found ' and so on'"):
+        ChatCollator(running)([ONE_TURN])
 
 
 def test_a_template_that_rewrites_the_answer_is_refused(processor: Any) -> None:

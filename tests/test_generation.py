@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from vlm_dft import generation
-from vlm_dft.chat import Sample, render_chat
+from vlm_dft.chat import Sample
+from vlm_dft.collators import ChatCollator
 from vlm_dft.errors import ConfigError, ImageError
 from vlm_dft.generation import end_ids, fingerprint, generate
 
@@ -58,8 +59,8 @@ def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_batched_answers_equal_answers_one_by_one(
     model: Any, processor: Any, samples: list[Sample], tmp_path: Path
 ) -> None:
-    batched = generate(model, processor, samples, tmp_path / "batched.jsonl", batch_size=3)
-    single = generate(model, processor, samples, tmp_path / "single.jsonl", batch_size=1)
+    batched = generate(model, ChatCollator(processor), samples, tmp_path / "batched.jsonl", batch_size=3)
+    single = generate(model, ChatCollator(processor), samples, tmp_path / "single.jsonl", batch_size=1)
     assert batched == single
     assert [row["id"] for row in batched] == ["s0", "s1", "s2", "s3", "s4"]
     assert len({row["response"] for row in batched}) > 1
@@ -69,10 +70,10 @@ def test_batched_answers_equal_answers_one_by_one(
 def test_the_answers_are_the_most_likely_tokens(
     model: Any, processor: Any, samples: list[Sample], tmp_path: Path
 ) -> None:
-    row = generate(model, processor, samples[:1], tmp_path / "p.jsonl", max_new_tokens=4)[0]
+    row = generate(model, ChatCollator(processor), samples[:1], tmp_path / "p.jsonl", max_new_tokens=4)[0]
     inputs = dict(
         processor(
-            text=[render_chat(processor, samples[0].messages, prompt=True)],
+            text=[processor.apply_chat_template(samples[0].messages, add_generation_prompt=True, tokenize=False)],
             images=samples[0].images,
             return_tensors="pt",
         )
@@ -91,16 +92,16 @@ def test_the_answers_are_the_most_likely_tokens(
 def test_a_model_s_own_sampling_settings_do_not_reach_greedy_answers(
     model: Any, processor: Any, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = generate(model, processor, samples[:2], tmp_path / "a.jsonl")
+    plain = generate(model, ChatCollator(processor), samples[:2], tmp_path / "a.jsonl")
     for name, value in {"do_sample": True, "temperature": 5.0, "repetition_penalty": 3.0}.items():
         monkeypatch.setattr(model.generation_config, name, value)
-    assert generate(model, processor, samples[:2], tmp_path / "b.jsonl") == plain
+    assert generate(model, ChatCollator(processor), samples[:2], tmp_path / "b.jsonl") == plain
 
 
 def test_finish_tells_an_ended_answer_from_a_cut_one(
     model: Any, processor: Any, samples: list[Sample], tmp_path: Path
 ) -> None:
-    cut = generate(model, processor, samples[:1], tmp_path / "cut.jsonl", max_new_tokens=1)[0]
+    cut = generate(model, ChatCollator(processor), samples[:1], tmp_path / "cut.jsonl", max_new_tokens=1)[0]
     assert (cut["finish"], cut["tokens"]) == ("length", 1)
     ends = end_ids(model, processor)
     assert processor.tokenizer.convert_tokens_to_ids("<|im_end|>") in ends
@@ -116,7 +117,7 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_file(
     killed = tmp_path / "killed" / "predictions.jsonl"
     for path in (whole, killed):
         path.parent.mkdir()
-    generate(model, processor, samples, whole, batch_size=2)
+    generate(model, ChatCollator(processor), samples, whole, batch_size=2)
     answer, calls = generation._answer, []
 
     def die_at_the_third(*args: Any) -> Any:
@@ -127,14 +128,14 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_file(
 
     monkeypatch.setattr(generation, "_answer", die_at_the_third)
     with pytest.raises(KeyboardInterrupt):
-        generate(model, processor, samples, killed, batch_size=2)
+        generate(model, ChatCollator(processor), samples, killed, batch_size=2)
     lines = killed.read_bytes().splitlines(keepends=True)
     assert len(lines) == 4
     killed.write_bytes(b"".join(lines[:3]) + lines[3][:-9])  # and the fourth was half-written
-    generate(model, processor, samples, killed, batch_size=2)
+    generate(model, ChatCollator(processor), samples, killed, batch_size=2)
     assert len(calls) == 5  # the second batch again, for the lost row, and the third
     assert killed.read_bytes() == whole.read_bytes()
-    generate(model, processor, samples, killed, batch_size=2)
+    generate(model, ChatCollator(processor), samples, killed, batch_size=2)
     assert len(calls) == 5
 
 
@@ -142,33 +143,37 @@ def test_changed_settings_are_refused_and_not_mixed(
     model: Any, processor: Any, samples: list[Sample], tmp_path: Path
 ) -> None:
     path = tmp_path / "predictions.jsonl"
-    generate(model, processor, samples[:2], path, model_name="tiny", max_new_tokens=2)
+    generate(model, ChatCollator(processor), samples[:2], path, model_name="tiny", max_new_tokens=2)
     before = path.read_bytes()
     with pytest.raises(ConfigError, match=r"other settings .*max_new_tokens: 2 there, 3 now.* Remove it to start over"):
-        generate(model, processor, samples[:2], path, model_name="tiny", max_new_tokens=3)
+        generate(model, ChatCollator(processor), samples[:2], path, model_name="tiny", max_new_tokens=3)
     with pytest.raises(ConfigError, match=r"other settings .*prompts: "):
         generate(
-            model, processor, [samples[0], replace(samples[1], messages=samples[2].messages)], path, max_new_tokens=2
+            model,
+            ChatCollator(processor),
+            [samples[0], replace(samples[1], messages=samples[2].messages)],
+            path,
+            max_new_tokens=2,
         )
     head = model.get_output_embeddings().weight
     with torch.no_grad():
         head[:, 0] += 1
     try:
         with pytest.raises(ConfigError, match=r"other settings .*weights: "):
-            generate(model, processor, samples[:2], path, model_name="tiny", max_new_tokens=2)
+            generate(model, ChatCollator(processor), samples[:2], path, model_name="tiny", max_new_tokens=2)
     finally:
         with torch.no_grad():
             head[:, 0] -= 1
     assert path.read_bytes() == before
     (tmp_path / "predictions.meta.json").unlink()
     with pytest.raises(ConfigError, match=r"has no predictions\.meta\.json beside it"):
-        generate(model, processor, samples[:2], path, max_new_tokens=2)
+        generate(model, ChatCollator(processor), samples[:2], path, max_new_tokens=2)
 
 
 def test_the_settings_lie_beside_the_predictions(
     model: Any, processor: Any, samples: list[Sample], tmp_path: Path
 ) -> None:
-    generate(model, processor, samples[:1], tmp_path / "predictions.jsonl", model_name="tiny")
+    generate(model, ChatCollator(processor), samples[:1], tmp_path / "predictions.jsonl", model_name="tiny")
     meta = json.loads((tmp_path / "predictions.meta.json").read_text())
     assert (meta["model"], meta["benchmark"], meta["samples"], meta["max_new_tokens"]) == (
         "tiny",
@@ -192,12 +197,17 @@ def test_text_only_samples_and_samples_of_two_images_share_a_batch(
         "test",
         {"max_new_tokens": 4},
     )
-    mixed = generate(model, processor, [text, two], tmp_path / "mixed.jsonl")
-    alone = generate(model, processor, [text, two], tmp_path / "alone.jsonl", batch_size=1)
+    mixed = generate(model, ChatCollator(processor), [text, two], tmp_path / "mixed.jsonl")
+    alone = generate(model, ChatCollator(processor), [text, two], tmp_path / "alone.jsonl", batch_size=1)
     assert mixed == alone
 
 
 def test_a_broken_image_names_its_sample(model: Any, processor: Any, samples: list[Sample], tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"not an image")
-    with pytest.raises(ImageError, match=r"drawn test s1: .*not a readable image"):
-        generate(model, processor, [replace(samples[1], images=[tmp_path / "broken.png"])], tmp_path / "p.jsonl")
+    with pytest.raises(ImageError, match=r"drawn test s1, image 0: .*not a readable image"):
+        generate(
+            model,
+            ChatCollator(processor),
+            [replace(samples[1], images=[tmp_path / "broken.png"])],
+            tmp_path / "p.jsonl",
+        )

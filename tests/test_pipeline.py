@@ -96,10 +96,12 @@ def test_conversations_of_several_turns_are_trained_with_proofs_on(shared: Path,
     words = ["--recipe", "sharegpt_demo", "--data", str(shared / "sharegpt_demo"), "--output", str(tmp_path / "run")]
     assert run(*words, "--epochs", "1") == 0
     samples = json.loads((tmp_path / "run" / "mask_report.json").read_text())["samples"]
-    answers = [run["text"] for run in samples[0]["runs"] if run["reason"] == "response"]
-    assert answers == [
-        "They're Kane and Gretzka from Bayern Munich.<|im_end|>",
-        "They are celebrating on the soccer field.<|im_end|>",
+    trained = [run["text"] for run in samples[0]["runs"] if run["reason"] in ("response", "end of turn")]
+    assert trained == [
+        "They're Kane and Gretzka from Bayern Munich.",
+        "<|im_end|>",
+        "They are celebrating on the soccer field.",
+        "<|im_end|>",
     ]
 
 

@@ -10,7 +10,8 @@ from PIL import Image
 
 from vlm_dft.cards import list_cards, read_card
 from vlm_dft.errors import CardError, RowError
-from vlm_dft.recipes import image_size, load_recipe, read_recipe
+from vlm_dft.media import image_size
+from vlm_dft.recipes import load_recipe, read_recipe
 from vlm_dft.rows import read_rows
 
 
@@ -86,7 +87,7 @@ def test_conversations_of_either_spelling_become_messages(tmp_path: Path) -> Non
         ([{"q": "q", "a": "  "}], {}, RowError, "row 0: the response is empty"),
         ([{"q": "q", "a": "a"}], {"image": "{q}.png"}, RowError, "row 0: no image file at .*q.png"),
         ([{"q": "../x", "a": "a"}], {"image": "{q}.png"}, RowError, "leaves the data folder"),
-        ([{"q": "q", "a": "a", "i": "http://x/y.png"}], {"images": "i"}, RowError, "is remote"),
+        ([{"q": "q", "a": "a", "i": "ftp://x/y.png"}], {"images": "i"}, RowError, "is remote"),
         ([], {}, RowError, "no rows"),
         ("{oops", {}, RowError, "neither JSON"),
         ('{"q": 1, "a": 2}\n{half', {}, RowError, "line 2: not valid JSON"),
@@ -154,6 +155,29 @@ def test_a_turn_not_to_be_trained_and_a_system_string_survive_the_reading(tmp_pa
     assert example.messages[2]["train"] is False and "train" not in example.messages[3]
 
 
+def test_weights_objectives_tools_and_videos_of_a_row_reach_the_example(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_bytes(b"not opened here")
+    turns = [
+        {"role": "user", "content": "<video>q"},
+        {"role": "assistant", "content": "a", "weight": 0.5, "objective": "nll", "reasoning": "because"},
+    ]
+    example = conversation(tmp_path, {"messages": turns, "videos": ["a.mp4"], "tools": '[{"name": "look"}]'})
+    assert example.messages[1] == {
+        "role": "assistant", "content": "a", "weight": 0.5, "objective": "nll", "reasoning_content": "because"
+    }  # fmt: skip
+    assert example.videos == [tmp_path / "a.mp4"] and example.tools == [{"name": "look"}]
+    assert example.messages[0]["content"] == [{"type": "video"}, {"type": "text", "text": "q"}]
+
+
+def test_a_card_can_unroll_its_conversations_into_one_example_per_answer(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}, {"from": "human", "value": "r"}, {"from": "gpt", "value": "b"}]  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"id": "7", "conversations": turns}))
+    card = {"name": "mine", "source": {"files": ["rows.jsonl"]}, "messages": None, "unroll": True}
+    examples, account = load_recipe(card, str(tmp_path))
+    assert [e.id for e in examples] == ["7#1", "7#3"] and account.read == 2
+    assert [[m.get("train") for m in e.messages] for e in examples] == [[None, None], [None, False, None, None]]
+
+
 def test_a_line_separator_inside_a_json_line_does_not_end_it(tmp_path: Path) -> None:
     examples = load(
         tmp_path, json.dumps({"q": "a\u2028b", "a": "c"}, ensure_ascii=False) + "\n" + '{"q": "d", "a": "e"}'
@@ -171,9 +195,16 @@ def test_a_line_separator_inside_a_json_line_does_not_end_it(tmp_path: Path) -> 
             },
             "1 <image> markers but no images",
         ),
-        ({"messages": [{"role": "assistant", "content": "a", "tool_calls": []}]}, "unknown key 'tool_calls'"),
-        ({"messages": [{"role": "user", "content": ["hi"]}]}, "a string or a list of parts"),
-        ({"messages": [{"role": "user", "content": "q"}], "tools": [{"name": "f"}]}, "declares tools"),
+        (
+            {"messages": [{"role": "assistant", "content": "a", "wieght": 2}]},
+            "unknown key 'wieght'. Did you mean 'weight'",
+        ),
+        ({"messages": [{"role": "user", "content": "q", "train": True}]}, "'train' belongs to an assistant's message"),
+        ({"messages": [{"role": "user", "content": ["hi"]}]}, "expected parts"),
+        (
+            {"messages": [{"role": "user", "content": "q"}], "tools": "{oops"},
+            "tools must be a list of schemas or its JSON",
+        ),
     ],
 )
 def test_what_a_row_says_and_we_cannot_train_is_refused_and_not_lost(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_dft.cards import nearest, read_card
-from vlm_dft.chat import Sample, place_images
+from vlm_dft.chat import Sample, place_media
 from vlm_dft.errors import CardError, RowError
 from vlm_dft.prompts import prompt_text
 from vlm_dft.rows import fill, locate_images, read_rows, source_root
@@ -112,7 +112,7 @@ def _sample(card: Mapping[str, Any], row: Mapping[str, Any], split: str, root: P
     gold = fill("{" + card["answer"] + "}", row, where=where)
     return Sample(
         id=str(row["id"]),
-        messages=place_images(messages, len(images), where=where),
+        messages=place_media(messages, len(images), where=where),
         images=images,
         benchmark=str(card["name"]),
         split=split,

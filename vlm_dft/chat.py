@@ -1,25 +1,46 @@
-"""Conversations: chat rows in, checked `Example`s (to train on) and `Sample`s (to evaluate on) out; images opened here."""
+"""Conversations: chat rows in, checked `Example`s (to train on) and `Sample`s (to evaluate on) out."""
 
 from __future__ import annotations
 
-import io
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-from vlm_dft.errors import ImageError, RowError
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from vlm_dft.cards import nearest
+from vlm_dft.errors import RowError
+from vlm_dft.objectives import OBJECTIVES
 
 Message = dict[str, Any]
-"""`{"role": str, "content": str | list of parts}`; a part is `{"type": "text", "text": ...}` or `{"type": "image"}`.
-An assistant message may carry `"train": False` to keep it out of the loss."""
+"""`{"role": str, "content": str | list of parts}`; a part is `{"type": "text", "text": ...}`, `{"type": "image"}` or
+`{"type": "video"}`, the last two with any of the settings below. An assistant message may carry `reasoning_content`,
+`tool_calls`, `train` (False keeps it out of the loss), `weight` (a factor of its tokens' loss) and `objective` (a name of
+OBJECTIVES, in place of the run's)."""
 
 ROLES = ("system", "user", "assistant", "tool")
-IMAGE_MARKER = "<image>"
+MESSAGE_KEYS = (
+    "role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name", "train", "weight", "objective",
+)  # fmt: skip
+OURS = ("train", "weight", "objective")  # what a chat template never sees
+IMAGE_SETTINGS = (
+    "min_pixels",
+    "max_pixels",
+    "resized_height",
+    "resized_width",
+)  # areas and sizes in pixels, Qwen's keys
+VIDEO_SETTINGS = (
+    *IMAGE_SETTINGS, "total_pixels", "fps", "nframes", "min_frames", "max_frames", "video_start", "video_end",
+    "sample_fps", "raw_fps",
+)  # fmt: skip
+SETTINGS = {"image": IMAGE_SETTINGS, "video": VIDEO_SETTINGS}
+SOURCES = {
+    "image": ("image", "image_url", "url", "path", "base64", "value"),
+    "video": ("video", "url", "path", "value"),
+}
+MARKERS = {"image": "<image>", "video": "<video>"}
+IMAGE_MARKER = MARKERS["image"]
+REASONING_NAMES = ("reasoning", "thinking")  # other names of reasoning_content
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +48,11 @@ class Example:
     """One training conversation. `images[k]` belongs to the k-th `{"type": "image"}` part, in order of appearance."""
 
     messages: list[Message]
-    images: list[Any] = field(default_factory=list)  # PIL image, path or bytes; opened by the collator
+    images: list[Any] = field(default_factory=list)  # sources that media.open_image takes; opened by the collator
     id: str = ""
     source: str = ""
+    videos: list[Any] = field(default_factory=list)  # paths, or lists of frames; `videos[k]` as for images
+    tools: list[Any] = field(default_factory=list)  # JSON schemas, for the chat template
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,180 +77,220 @@ def text_of(content: str | Sequence[Mapping[str, Any]] | None) -> str:
     return "".join(part["text"] for part in content if part.get("type") == "text")
 
 
-def count_images(messages: Iterable[Message]) -> int:
-    """How many `{"type": "image"}` parts the messages hold."""
-    return sum(
-        part.get("type") == "image"
-        for message in messages
-        if not isinstance(message["content"], str)
-        for part in message["content"]
-    )
+def is_trained(message: Mapping[str, Any]) -> bool:
+    """Whether a message's tokens are targets: an assistant's, unless it says `"train": False`."""
+    return message["role"] == "assistant" and message.get("train", True) is not False
+
+
+def media_parts(messages: Iterable[Message], kind: str) -> list[dict[str, Any]]:
+    """The parts of one kind ("image" or "video") in the order of their appearance."""
+    lists = (m["content"] for m in messages if not isinstance(m["content"], str))
+    return [part for parts in lists for part in parts if part.get("type") == kind]
 
 
 def check_messages(messages: Any, *, where: str) -> list[Message]:
-    """Return the messages with known keys and roles; raise RowError naming `where` otherwise. Nothing is mutated."""
+    """Return copies of the messages with known keys and roles, absent values taken out; raise RowError naming `where`."""
     if not isinstance(messages, (list, tuple)) or not messages:
-        raise RowError(f"{where}: expected a non-empty list of messages, found {_brief(messages)}.")
-    for k, message in enumerate(messages):
-        if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
-            raise RowError(f"{where}, message {k}: expected keys 'role' and 'content', found {_brief(message)}.")
-        if message["role"] not in ROLES:
-            raise RowError(f"{where}, message {k}: unknown role {message['role']!r}. Expected one of {list(ROLES)}.")
-        if not isinstance(message["content"], str):
-            _check_parts(message["content"], where=f"{where}, message {k}")
-    return [dict(message) for message in messages]
+        raise RowError(f"{where}: expected a non-empty list of messages, found {brief(messages)}.")
+    return [_check_message(message, f"{where}, message {k}") for k, message in enumerate(messages)]
 
 
-def _check_parts(parts: Any, *, where: str) -> None:
-    if not isinstance(parts, (list, tuple)):
-        raise RowError(f"{where}: content must be a string or a list of parts, found {_brief(parts)}.")
-    for part in parts:
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind == "text" and isinstance(part.get("text"), str):
-            continue
-        if kind != "image":
+def _check_message(message: Any, where: str) -> Message:
+    if not isinstance(message, Mapping) or "role" not in message or not {"content", "tool_calls"} & set(message):
+        raise RowError(f"{where}: expected keys 'role' and 'content', found {brief(message)}.")
+    known = {key: value for key, value in message.items() if value is not None}  # tables fill up absent keys with None
+    for name in REASONING_NAMES:
+        if name in known:
+            known.setdefault("reasoning_content", known.pop(name))
+    for key in known:
+        if key not in MESSAGE_KEYS:
             raise RowError(
-                f"{where}: expected parts {{'type': 'text', 'text': ...}} or {{'type': 'image'}}, found {_brief(part)}."
+                f"{where}: unknown key {key!r}.{nearest(key, MESSAGE_KEYS)} Known: {', '.join(MESSAGE_KEYS)}."
             )
+    role, content = known.get("role"), known.get("content", "" if known.get("tool_calls") else None)
+    if role not in ROLES:
+        raise RowError(f"{where}: unknown role {role!r}. Expected one of {list(ROLES)}.")
+    if not isinstance(content, str):
+        content = [_check_part(part, where) for part in _parts(content, where)]
+    _check_ours(known, where)
+    return {**known, "content": content}
 
 
-def place_images(messages: list[Message], n_images: int, *, where: str) -> list[Message]:
-    """Turn `<image>` markers of plain-string messages into image parts, so that parts and images agree in number.
+def _check_ours(message: Mapping[str, Any], where: str) -> None:
+    given = [key for key in (*OURS, "reasoning_content", "tool_calls") if key in message]
+    if given and message["role"] != "assistant":
+        raise RowError(f"{where}: {given[0]!r} belongs to an assistant's message, found one of the {message['role']}.")
+    if not isinstance(message.get("train", True), bool):
+        raise RowError(f"{where}: train must be true or false, found {message['train']!r}.")
+    weight = message.get("weight", 1.0)
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
+        raise RowError(f"{where}: weight must be a finite number above 0, found {weight!r}. For none: 'train': False.")
+    objective = message.get("objective")
+    if objective is not None and objective not in OBJECTIVES:
+        raise RowError(
+            f"{where}: unknown objective {objective!r}.{nearest(str(objective), OBJECTIVES)} Known: {', '.join(OBJECTIVES)}."
+        )
 
-    Rows that already hold image parts are taken as they are and their text stays literal; so does that of rows without
-    images, and of every answer. Rows without a marker get their images before the first user text. Any other mismatch
+
+def _parts(content: Any, where: str) -> Sequence[Any]:
+    if not isinstance(content, (list, tuple)):
+        raise RowError(f"{where}: content must be a string or a list of parts, found {brief(content)}.")
+    return content
+
+
+def _check_part(part: Any, where: str) -> dict[str, Any]:
+    """A part in our form: its kind, its source under the kind's own name, its settings."""
+    known = {key: value for key, value in part.items() if value is not None} if isinstance(part, Mapping) else {}
+    kind = {"image_url": "image"}.get(str(known.get("type")), known.get("type"))
+    if kind == "text" and isinstance(words := known.get("text", known.get("value")), str):
+        return {"type": "text", "text": words}
+    if kind not in SETTINGS:
+        raise RowError(
+            f"{where}: expected parts {{'type': 'text', 'text': ...}}, {{'type': 'image'}} or {{'type': 'video'}}, found "
+            f"{brief(part)}."
+        )
+    sources = [key for key in SOURCES[kind] if key in known]
+    unknown = sorted(set(known) - {"type", *sources, *SETTINGS[kind]})
+    if unknown or len(sources) > 1:
+        raise RowError(
+            f"{where}: expected a part of type {kind!r} with one source at most ({', '.join(SOURCES[kind])}) and the settings "
+            f"{', '.join(SETTINGS[kind])}, found {(unknown or sources)[0]!r} in {brief(part)}."
+        )
+    checked = {"type": kind, **{key: known[key] for key in SETTINGS[kind] if key in known}}
+    for key, value in checked.items():
+        if key != "type" and (isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0):
+            raise RowError(f"{where}: {key} must be a number, found {value!r}.")
+    if sources:
+        source = known[sources[0]]
+        source = source.get("url") if sources[0] == "image_url" and isinstance(source, Mapping) else source
+        checked[kind] = f"data:;base64,{source}" if sources[0] == "base64" else source
+    return checked
+
+
+def place_media(messages: list[Message], images: int, videos: int = 0, *, where: str) -> list[Message]:
+    """Turn `<image>` and `<video>` markers of plain-string messages into parts, so that parts and media agree in number.
+
+    Rows that already hold the parts are taken as they are and their text stays literal; so does that of rows without
+    media, and of every answer. Rows without a marker get their media before the first user text. Any other mismatch
     raises RowError with both counts.
     """
-    found = count_images(messages)
-    if found == n_images:
-        return messages
-    markers = count_markers(messages)
-    if found == 0 and markers == n_images:
-        return [_split_markers(message) for message in messages]
-    if found == 0 and markers == 0:
-        first = next((k for k, m in enumerate(messages) if m["role"] == "user"), None)
-        if first is not None:
-            text = messages[first]["content"]
-            parts = [{"type": "text", "text": text}] if isinstance(text, str) else list(text)
-            placed = {**messages[first], "content": [{"type": "image"}] * n_images + parts}
-            return [*messages[:first], placed, *messages[first + 1 :]]
-    raise RowError(
-        f"{where}: {n_images} images but {found or markers} places for them ({found} image parts, {markers} "
-        f"{IMAGE_MARKER} markers). Give one marker per image, or none at all to put the images first."
-    )
+    split, first = [], []
+    for kind, count in (("image", images), ("video", videos)):
+        parts, markers = len(media_parts(messages, kind)), count_markers(messages, kind)
+        if parts == count:
+            continue
+        if parts == 0 and markers == count:
+            split.append(kind)
+        elif parts == 0 and markers == 0 and any(m["role"] == "user" for m in messages):
+            first += [{"type": kind}] * count
+        else:
+            raise RowError(
+                f"{where}: {count} {kind}s but {parts or markers} places for them ({parts} {kind} parts, {markers} "
+                f"{MARKERS[kind]} markers). Give one marker per {kind}, or none at all to put the {kind}s first."
+            )
+    placed = [_split_markers(message, split) for message in messages] if split else messages
+    if not first:
+        return placed
+    k = next(k for k, m in enumerate(placed) if m["role"] == "user")
+    text = placed[k]["content"]
+    after = [{"type": "text", "text": text}] if isinstance(text, str) else list(text)
+    return [*placed[:k], {**placed[k], "content": first + after}, *placed[k + 1 :]]
 
 
-def count_markers(messages: Iterable[Message]) -> int:
-    """How many `<image>` markers the plain strings of the messages hold; those in answers are words, not pictures."""
+def count_markers(messages: Iterable[Message], kind: str = "image") -> int:
+    """How many markers the plain strings of the messages hold; those in answers are words, not pictures."""
     texts = (m["content"] for m in messages if m["role"] != "assistant" and isinstance(m["content"], str))
-    return sum(text.count(IMAGE_MARKER) for text in texts)
+    return sum(text.count(MARKERS[kind]) for text in texts)
 
 
-def _split_markers(message: Message) -> Message:
-    if count_markers([message]) == 0:
+def _split_markers(message: Message, kinds: Sequence[str]) -> Message:
+    content = message["content"]
+    if message["role"] == "assistant" or not isinstance(content, str):
         return message
-    parts: list[dict[str, str]] = []
-    for piece in re.split(f"({re.escape(IMAGE_MARKER)})", message["content"]):
-        if piece == IMAGE_MARKER:
-            parts.append({"type": "image"})
-        elif piece:
-            parts.append({"type": "text", "text": piece})
+    kind_of = {MARKERS[kind]: kind for kind in kinds}
+    pieces = re.split(f"({'|'.join(map(re.escape, kind_of))})", content)
+    if len(pieces) == 1:
+        return message
+    parts = [{"type": kind_of[p]} if p in kind_of else {"type": "text", "text": p} for p in pieces if p]
     return {**message, "content": parts}
 
 
 def as_example(row: Example | Mapping[str, Any], *, where: str = "example") -> Example:
-    """Check a row `{"messages": [...], "images": [...]}` (or an Example) and return an Example with its images placed.
+    """Check a row and return an Example with its media placed. The input is not mutated.
 
-    Raises RowError naming the row. The input is not mutated.
+    A row is an Example, `{"messages": [...], "images": [...], "videos": [...], "tools": [...]}` (all but the first may be
+    left out), or `{"prompt": ..., "completion": ..., "images": [...]}` with a string or messages in each, of which only the
+    completion is trained. Raises RowError naming the row.
     """
     if not isinstance(row, (Example, Mapping)):
-        raise RowError(f"{where}: expected an Example or a dict with 'messages', found {_brief(row)}.")
-    fields = row if isinstance(row, Mapping) else {s: getattr(row, s) for s in Example.__slots__}
-    if "messages" not in fields:
-        raise RowError(f"{where}: expected a key 'messages', found {sorted(fields)}.")
+        raise RowError(f"{where}: expected an Example or a dict with 'messages', found {brief(row)}.")
+    fields = dict(row) if isinstance(row, Mapping) else {s: getattr(row, s) for s in Example.__slots__}
     name = str(fields.get("id") or where)
-    lost = sorted({"image", "video", "videos", "audio"} & set(fields))
-    images = fields.get("images")
-    if lost or not (images is None or isinstance(images, (list, tuple))):
-        found = f"{lost[0]!r}" if lost else f"images = {_brief(images)}"
-        raise RowError(f"{name}: media are given as a list of pictures under 'images', found {found}.")
-    messages, inline = _lift_images(check_messages(fields["messages"], where=name))
-    if inline and images:
-        raise RowError(f"{name}: pictures both inside the messages and under 'images'. Give them in one place.")
-    images = inline or list(images or [])
-    messages = place_images(messages, len(images), where=name)
-    return Example(messages, images, id=str(fields.get("id") or ""), source=str(fields.get("source") or ""))
+    if "messages" not in fields and {"prompt", "completion"} <= set(fields):
+        fields["messages"] = _prompt_and_completion(fields["prompt"], fields["completion"], name)
+    if "messages" not in fields:
+        raise RowError(f"{where}: expected a key 'messages' (or 'prompt' and 'completion'), found {sorted(fields)}.")
+    lost = sorted({"image", "video", "audio", "audios"} & {key for key, value in fields.items() if value is not None})
+    if lost:
+        raise RowError(f"{name}: media are given as lists under 'images' and 'videos', found {lost[0]!r}.")
+    messages = check_messages(fields["messages"], where=name)
+    media: dict[str, list[Any]] = {}
+    for kind in SETTINGS:
+        listed = fields.get(f"{kind}s")
+        if not (listed is None or isinstance(listed, (list, tuple))):
+            raise RowError(f"{name}: media are given as a list under '{kind}s', found {kind}s = {brief(listed)}.")
+        inline = [part[kind] for part in media_parts(messages, kind) if kind in part]
+        if inline and listed:
+            raise RowError(f"{name}: {kind}s both inside the messages and under '{kind}s'. Give them in one place.")
+        if inline and len(inline) < len(media_parts(messages, kind)):
+            raise RowError(f"{name}: some {kind} parts name a source and some do not. Give each its own, or none.")
+        media[kind] = inline or list(listed or [])
+    messages = [_without_sources(message) for message in messages]
+    messages = place_media(messages, len(media["image"]), len(media["video"]), where=name)
+    return Example(
+        messages, media["image"], id=str(fields.get("id") or ""), source=str(fields.get("source") or ""),
+        videos=media["video"], tools=list(fields.get("tools") or []),
+    )  # fmt: skip
 
 
-def _lift_images(messages: list[Message]) -> tuple[list[Message], list[Any]]:
-    """Move the pictures of `{"type": "image", "image": picture}` parts into a list of their own, in order."""
-    images: list[Any] = []
-    lifted = []
-    for message in messages:
-        content = message["content"]
-        if not isinstance(content, str):
-            images += [part["image"] for part in content if part.get("type") == "image" and "image" in part]
-            content = [{"type": "image"} if part.get("type") == "image" else part for part in content]
-        lifted.append({**message, "content": content})
-    return lifted, images
+def _without_sources(message: Message) -> Message:
+    content = message["content"]
+    if isinstance(content, str):
+        return message
+    return {**message, "content": [{k: v for k, v in part.items() if k not in ("image", "video")} for part in content]}
 
 
-def render_chat(processor: Any, messages: Sequence[Message], *, prompt: bool = False) -> str:
-    """A processor's chat template filled with the messages; with `prompt`, ready for the assistant to answer."""
-    copies = [{**m, "content": m["content"] if isinstance(m["content"], str) else list(m["content"])} for m in messages]
-    text = processor.apply_chat_template(copies, add_generation_prompt=prompt, tokenize=False)
-    return text if isinstance(text, str) else str(text[0])
+def _prompt_and_completion(prompt: Any, completion: Any, where: str) -> list[Any]:
+    """Messages of a prompt+completion row: what the prompt's assistant said is context, not a target."""
+    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    answered = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+    for name, part in (("prompt", asked), ("completion", answered)):
+        if not isinstance(part, (list, tuple)) or not all(isinstance(m, Mapping) for m in part):
+            raise RowError(f"{where}: {name} must be a string or a list of messages, found {brief(part)}.")
+    context = [{**m, "train": False} if m.get("role") == "assistant" else m for m in asked]
+    return [*context, *answered]
 
 
-def open_image(source: Any, *, where: str = "image") -> Image:
-    """Open a PIL image, a path, raw bytes or `{"bytes": ..., "path": ...}` as RGB, by content and never by extension.
+def unroll(example: Example) -> list[Example]:
+    """One example per trained assistant turn, each ending with it and training it alone.
 
-    EXIF rotation is applied; transparency is composited on white (`convert("RGB")` alone turns it black).
-    Raises ImageError naming `where` for a missing, empty, truncated or undecodable image.
+    For chat templates that drop the reasoning of earlier turns: unrolled, every turn is trained as it is at inference.
     """
-    from PIL import Image as PILImage
-    from PIL import ImageOps
-
-    try:
-        if isinstance(source, Mapping):
-            source = source["bytes"] if source.get("bytes") is not None else source["path"]
-        if isinstance(source, PILImage.Image):
-            image = source
-        elif isinstance(source, (bytes, bytearray)):
-            image = PILImage.open(io.BytesIO(source))
-        elif isinstance(source, (str, Path)):
-            image = PILImage.open(source)
-        else:
-            raise ImageError(f"{where}: expected a PIL image, a path or bytes, found {_brief(source)}.")
-        image.load()
-    except FileNotFoundError as error:
-        raise ImageError(
-            f"{where}: no image file at {str(source)!r}. Check the data folder (--data / DATA=)."
-        ) from error
-    except (OSError, ValueError, KeyError, SyntaxError, PILImage.DecompressionBombError) as error:
-        if isinstance(error, ImageError):
-            raise
-        raise ImageError(f"{where}: {_brief(source)} is not a readable image ({error}).") from error
-    if image.width == 0 or image.height == 0:
-        raise ImageError(f"{where}: the image is {image.width} x {image.height} pixels.")
-    return _rgb(ImageOps.exif_transpose(image))
+    unrolled = []
+    for k, message in enumerate(example.messages):
+        if is_trained(message):
+            before = [{**m, "train": False} if is_trained(m) else m for m in example.messages[:k]]
+            messages = [*before, message]
+            images, videos = (len(media_parts(messages, kind)) for kind in ("image", "video"))
+            unrolled.append(
+                replace(example, messages=messages, images=example.images[:images], videos=example.videos[:videos],
+                        id=f"{example.id}#{k}")
+            )  # fmt: skip
+    return unrolled
 
 
-def _rgb(image: Image) -> Image:
-    from PIL import Image as PILImage
-
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode.startswith("I;16"):
-        image = image.point(lambda v: v / 256).convert("L")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        white = PILImage.new("RGBA", rgba.size, "white")
-        return PILImage.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("RGB")
-
-
-def _brief(value: Any) -> str:
+def brief(value: Any) -> str:
+    """A value's type and first characters, for error messages."""
     text = f"{len(value)} bytes" if isinstance(value, (bytes, bytearray)) else repr(value)
     text = text if len(text) <= 120 else text[:117] + "..."
     return f"{type(value).__name__} {text}"

@@ -25,6 +25,14 @@ TRAIN_FLAGS = {  # the settings that `vlm-dft train --help` names; every other f
     "deepspeed": "zero2, zero3 or a JSON file",
     "nproc": "training processes, one a GPU",
 }
+INSPECT_SETTINGS = {  # of TrainConfig and ChatCollator, checked as those of `train` are
+    "max_length": "longest sample in tokens (default 4096, or the recipe's)",
+    "too_long": "what becomes of longer ones: raise, drop (default), shorten_answer, downscale",
+    "resize": "processor (default), or pillow",
+    "min_pixels": "smallest image area after resizing",
+    "max_pixels": "largest image area after resizing",
+    "hosts": "hosts that images may be fetched from, separated by commas",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,6 +80,24 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--batch-size", type=int, default=32, help="prompts generated at once (default 32)")
     evaluate.add_argument("--json", metavar="FILE", help="write the result here too")
     evaluate.set_defaults(run=_evaluate)
+
+    inspect = commands.add_parser(
+        "inspect",
+        help="show samples as the model sees them, and which tokens are trained",
+        description="Show samples as the model sees them: every token by the reason why it is or is not trained. Settings "
+        "are the recipe's, then the command line's. Exit status 1 if a row cannot be trained on.",
+    )
+    inspect.add_argument("recipe", help=TRAIN_FLAGS["recipe"])
+    inspect.add_argument("--model", default="tiny", help="'tiny' (default), a checkpoint folder, or a hub id")
+    inspect.add_argument("--data", help=TRAIN_FLAGS["data"])
+    inspect.add_argument("-n", "--limit", type=int, default=5, help="rows to show (default 5)")
+    inspect.add_argument("--start", type=int, default=0, help="the first row to show (default 0)")
+    inspect.add_argument("--full", action="store_true", help="do not shorten long prompts")
+    inspect.add_argument("--html", metavar="FILE", help="write a page with pictures, every token to be pointed at")
+    inspect.add_argument("--json", metavar="FILE", help="write the mask report and the failures here too")
+    for name, text in INSPECT_SETTINGS.items():
+        inspect.add_argument(f"--{name.replace('_', '-')}", help=text)
+    inspect.set_defaults(run=_inspect)
 
     for kind in ("recipe", "benchmark"):
         listing = commands.add_parser(f"{kind}s", help=f"list the {kind} cards")
@@ -151,6 +177,61 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from vlm_dft.config import recipe_layer, resolve_config
+    from vlm_dft.locate import resolve_model
+    from vlm_dft.recipes import read_recipe, recipe_root
+
+    given = ("recipe", "model", "data", *INSPECT_SETTINGS)
+    words = {name: value for name, value in vars(arguments).items() if name in given and value is not None}
+    config = resolve_config((f"recipe {arguments.recipe!r}", recipe_layer(arguments.recipe)), ("command line", words))
+    card = read_recipe(config.recipe)
+    resolve_model(config.model)
+    recipe_root(card, config.data)
+    if arguments.limit < 1 or arguments.start < 0:
+        raise UserError(
+            f"Expected -n of at least 1 and --start of at least 0, found {arguments.limit}, {arguments.start}."
+        )
+    for flag in ("html", "json"):
+        _check_writable(getattr(arguments, flag), f"--{flag}")
+    _quiet()
+    from rich.console import Console
+
+    from vlm_dft import inspection
+    from vlm_dft.models import load_processor
+    from vlm_dft.runs import write_json, write_text
+    from vlm_dft.training import make_collator
+
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # where it cannot show a character, its number
+    console = Console(highlight=False, soft_wrap=True)
+    processor = load_processor(config.model, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
+    rows = []
+    console.print(inspection.draw_legend(), end="\n\n")
+    collator = make_collator(processor, config, packing=False)
+    for row in inspection.inspect_rows(card, config.data, collator, start=arguments.start, count=arguments.limit):
+        rows.append(row)
+        console.print(inspection.draw_row(row, f"row {arguments.start + len(rows) - 1}", full=arguments.full))
+    console.print(inspection.draw_summary(rows))
+    if arguments.json:
+        write_json(Path(arguments.json), inspection.report_json(rows))
+    if arguments.html:
+        from vlm_dft.inspect_html import render_page
+
+        write_text(Path(arguments.html), render_page(rows, config, collator, start=arguments.start))
+        console.print(f"page: {arguments.html}", markup=False)
+    return int(any(row.failed for row in rows))
+
+
+def _check_writable(path: str | None, flag: str) -> None:
+    """Whether a file can be made there, before the work is done. Raises UserError."""
+    if path is None:
+        return
+    folder = Path(path).absolute().parent
+    if Path(path).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"{flag} {path!r}: expected the name of a file in a folder that can be written to.")
 
 
 def _list(arguments: argparse.Namespace) -> int:

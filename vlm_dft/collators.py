@@ -1,49 +1,104 @@
-"""Collate: a list of chat examples in, one padded batch of tensors with proven labels out."""
+"""Collate: a list of chat examples in, one padded (or packed) batch of tensors with proven labels out."""
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from vlm_dft.chat import Example, Message, as_example, count_images, open_image, render_chat, text_of
+from vlm_dft.alignment import Ints
+from vlm_dft.batches import Encoded, Side, select
+from vlm_dft.chat import Example, Sample, as_example, is_trained, media_parts
 from vlm_dft.errors import MaskError, RowError
-from vlm_dft.explain import TokenView, view_tokens
-from vlm_dft.masking import Marked, expand_spans, mark_responses, prove, token_targets
-from vlm_dft.objectives import IGNORE
+from vlm_dft.explain import Explained, explain_row
+from vlm_dft.fitting import fit
+from vlm_dft.masking import (
+    Marked,
+    StraddleError,
+    Turn,
+    cut_at,
+    mark_responses,
+    mark_suffix,
+    prove,
+    suffix_prompt,
+    token_targets,
+)
+from vlm_dft.media import DEFAULT_ACCESS, MediaAccess, image_size, open_image
+from vlm_dft.objectives import IGNORE, OBJECTIVES
+from vlm_dft.packing import find_mrope, flatten_packs, pack_batch
+from vlm_dft.processing import Processing, Rendered, as_settings, naming
+from vlm_dft.qwen_images import QwenImages
+from vlm_dft.templates import BREAK, ChatTemplate
+from vlm_dft.video import open_video, qwen_video
 
 PROMPT_PROOFS = 4  # samples per source whose prompt ids are compared with the inference prompt's
+TooLong = Literal["raise", "drop", "shorten_answer", "downscale"]
+TOO_LONG = ("raise", "drop", "shorten_answer", "downscale")
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What an example costs, known without decoding a pixel."""
+    """What an example costs, known without decoding a pixel where the processor can count its media's tokens."""
 
     tokens: int  # all input tokens, media included
-    media: int  # tokens of its images
+    media: int  # tokens of its images and videos
     targets: int  # response tokens, end of turn included
+    before: int  # tokens before the last trained answer
+    notes: tuple[str, ...] = ()  # what is to be said about it
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """A batch with its labels [B, L], and where each came from."""
+
+    sources: list[str]
+    marked: list[Marked]
+    encoded: Encoded
+    labels: Tensor
+    runs: list[list[Ints]]  # of each row and trained turn: positions of its targets among the row's tokens
 
 
 class ChatCollator:
     """Turn chat examples into a batch whose labels are the responses' tokens alone, and prove it for every sample.
 
-    processor: any Hugging Face processor with a chat template, a fast tokenizer and an image processor.
-    max_length: longest sample in tokens; a longer one raises MaskError (media are never cut). None: no limit.
+    processor: any Hugging Face processor with a fast tokenizer and a chat template (or one that takes `suffix=`).
+    max_length: longest sample in tokens, media included; None: no limit. Media are never cut.
+    too_long: what becomes of a longer one: "raise" a MaskError; "drop" it; "shorten_answer": cut the last answer (its end
+        of turn is then no target); "downscale" its images until it fits. All but the first are counted in `counts`.
+    packing: one row [1, total] without padding, samples isolated (see packing.py for what the model must be given).
     padding_side: "right" for training; "left" gives the same loss.
+    access: which files and hosts may be opened (media.MediaAccess). Default: any local path, no host.
+    resize: "processor", or "pillow" for the pixels that qwen-vl-utils gives (Qwen-VL only; a few values in a thousand
+        differ). Images with settings of their own always take the latter.
+    template_options: variables of the chat template, such as {"enable_thinking": False}.
+    tokens_per_second: the model's `vision_config.tokens_per_second`, needed only to pack videos of Qwen2.5-VL.
 
     Call it with a list of `Example`s or of dicts `{"messages": [...], "images": [...]}`. Returns `input_ids`,
     `attention_mask`, `labels` (all [B, L]) and every key the processor returned (`pixel_values`, `image_grid_thw`,
-    `mm_token_type_ids` ...; without the last Qwen-VL loses M-RoPE in silence). Inputs are not mutated.
-    Raises MaskError or RowError naming the sample.
+    `mm_token_type_ids` ...; without the last Qwen-VL loses M-RoPE in silence). Where a turn sets `weight` or `objective`,
+    also `loss_weights` [B, L] (float) and `objective_ids` [B, L] (index into sorted OBJECTIVES, -1: the run's own).
+    Inputs are not mutated. Raises MaskError or RowError naming the sample.
     """
 
     def __init__(
-        self, processor: Any, *, max_length: int | None = None, padding_side: Literal["right", "left"] = "right"
+        self,
+        processor: Any,
+        *,
+        max_length: int | None = None,
+        too_long: TooLong = "raise",
+        packing: bool = False,
+        padding_side: Side = "right",
+        access: MediaAccess = DEFAULT_ACCESS,
+        resize: Literal["processor", "pillow"] = "processor",
+        template_options: Mapping[str, Any] | None = None,
+        tokens_per_second: float | None = None,
     ) -> None:
         tokenizer = getattr(processor, "tokenizer", None)
         if tokenizer is None or not getattr(tokenizer, "is_fast", False):
@@ -51,183 +106,315 @@ class ChatCollator:
                 f"ChatCollator needs a processor with a fast tokenizer (character offsets), found "
                 f"{type(processor).__name__} with {type(tokenizer).__name__}. Use AutoProcessor.from_pretrained(...)."
             )
-        if not (getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None)):
-            raise ValueError(f"{type(processor).__name__} has no chat template. Set processor.chat_template.")
-        if padding_side not in ("right", "left"):
-            raise ValueError(f"padding_side must be 'right' or 'left', found {padding_side!r}.")
+        for name, value, known in (
+            ("padding_side", padding_side, ("right", "left")),
+            ("too_long", too_long, TOO_LONG),
+            ("resize", resize, ("processor", "pillow")),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, found {value!r}.")
+        if resize == "pillow" and QwenImages.of(processor) is None:
+            raise ValueError(f"resize='pillow' is for the Qwen-VL image processors, found {type(processor).__name__}.")
         self.processor = processor
         self.tokenizer = tokenizer
         self.max_length = max_length
+        self.too_long = too_long
+        self.packing = packing
         self.padding_side = padding_side
-        self.media_ids = _media_ids(processor)
-        self.media_tokens = [t for t in tokenizer.convert_ids_to_tokens(sorted(self.media_ids)) if t]
-        template = str(getattr(processor, "chat_template", None) or tokenizer.chat_template)
-        self._control_tokens = sorted({*self.media_tokens, *(t for t in tokenizer.all_special_tokens if t in template)})
-        self._end_tokens = [t for t in tokenizer.all_special_tokens if t not in self.media_tokens]
+        self.access = access
+        self.tokens_per_second = tokens_per_second
+        self.template = ChatTemplate(processor, template_options)
+        self.processing = Processing(processor, self.template, side=padding_side, resize=resize)
+        if not self.template.source and not self.processing.takes_suffix:
+            raise ValueError(f"{type(processor).__name__} has no chat template. Set processor.chat_template.")
+        self.counts: Counter[tuple[str, str]] = Counter()  # (source, what was done): of this process alone
         self._prompts_proved: Counter[str] = Counter()
 
-    def __call__(self, rows: Sequence[Example | Mapping[str, Any]]) -> dict[str, Any]:
-        """Collate a non-empty list of rows."""
-        if not rows:
+    def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
+        """Collate a non-empty list of rows; with packing, rows may come as lists, which are packed in that order."""
+        flat = flatten_packs(rows)
+        if not flat:
             raise RowError("Expected at least one example to collate, found an empty list.")
-        names = [_name(row, k) for k, row in enumerate(rows)]
-        examples = [as_example(row, where=name) for row, name in zip(rows, names, strict=True)]
-        marked = [self.mark(example, name) for example, name in zip(examples, names, strict=True)]
-        images = [
-            open_image(image, where=f"{name}, image {k}")
-            for example, name in zip(examples, names, strict=True)
-            for k, image in enumerate(example.images)
-        ]
-        batch = self._process([m.text for m in marked], images, names)
-        replacements = batch.pop("text_replacement_offsets", None) or [[] for _ in rows]
-        offsets = batch.pop("offset_mapping").tolist()
-        labels = torch.full_like(batch["input_ids"], IGNORE)
-        for k, name in enumerate(names):
-            for run in self._targets(k, name, marked[k], replacements[k], offsets[k], batch):
-                labels[k, run] = batch["input_ids"][k, run]
-        self._prove_media(batch, names)
-        self._prove_prompts(examples, names, batch, labels)
-        return {**batch, "labels": labels}
-
-    def render(self, messages: Sequence[Message], *, prompt: bool = False) -> str:
-        """The chat template's text of the messages; with `prompt`, ready for the assistant to answer."""
-        return render_chat(self.processor, messages, prompt=prompt)
+        names = [_name(row, k) for k, row in enumerate(flat)]
+        examples = [as_example(row, where=name) for row, name in zip(flat, names, strict=True)]
+        done = self._collate(examples, names)
+        batch = {**done.encoded.batch, "labels": done.labels, **_per_token(done)}
+        if not self.packing:
+            return batch
+        return pack_batch(batch, mrope=find_mrope(self.processor), tokens_per_second=self.tokens_per_second)
 
     def mark(self, example: Example, name: str) -> Marked:
         """Render an example and find the characters of its responses. Raises MaskError or RowError."""
-        for message in example.messages:
-            for token in self._control_tokens:
-                if token in text_of(message["content"]):
-                    raise RowError(
-                        f"{name}: the {message['role']}'s text holds {token!r}, which would be taken for the template's own "
-                        f"token. Write images as parts {{'type': 'image'}}, or change the text."
-                    )
-        return mark_responses(example.messages, self.render, self._end_tokens, where=name)
+        if self.processing.takes_suffix:
+            return mark_suffix(example, self.template, where=name)
+        return mark_responses(example, self.template, where=name)
 
-    def measure(self, row: Example | Mapping[str, Any], image_sizes: Sequence[tuple[int, int]]) -> Measured:
-        """Count the tokens of an example from its text and image sizes [(height, width)] alone. Raises like the call."""
+    def prompts(self, rows: Sequence[Any]) -> dict[str, Any]:
+        """A batch ready for `model.generate` (padded on the left), from rows or Samples that end before the answer.
+
+        The same rendering, escaping and resizing as in training: what a model is asked is what it was trained on.
+        """
+        prepared = []
+        for k, row in enumerate(rows):
+            name = _name(row, k)
+            prepared.append(self._prompt(as_example(_fields(row), where=name), name))
+        return self._left(prepared).batch
+
+    def prompt_text(self, row: Any) -> str:
+        """The text that a row or Sample asks the model, before its media are opened."""
         name = _name(row, 0)
-        marked = self.mark(as_example(row, where=name), name)
-        encoded = self.tokenizer(marked.text, return_offsets_mapping=True)
-        runs = token_targets(encoded["offset_mapping"], marked.spans, where=name, ids=encoded["input_ids"])
-        media = 0
-        if image_sizes:
-            with _naming([name]):
-                counted = self.processor._get_num_multimodal_tokens(image_sizes=[list(size) for size in image_sizes])
-            media = sum(counted["num_image_tokens"])
-        tokens = len(encoded["input_ids"]) - len(image_sizes) + media
-        return Measured(tokens, media, sum(map(len, runs)))
+        example = as_example(_fields(row), where=name)
+        messages, tools, _ = self.template.escape(example.messages, example.tools)
+        if self.processing.takes_suffix:
+            return suffix_prompt(messages, self.template, where=name)
+        return self.template.render(messages, tools=tools, prompt=True, where=name)
 
-    def explain(self, row: Example | Mapping[str, Any]) -> list[TokenView]:
+    def measure(self, row: Any, image_sizes: Sequence[tuple[int, int]] | None = None) -> Measured:
+        """Count the tokens of an example from its text and its images' headers. Raises like the call.
+
+        image_sizes: [(height, width)] of its images where they are known; else their headers are read.
+        """
+        name = _name(row, 0)
+        example = as_example(row, where=name)
+        marked = self.mark(example, name)
+        counted = None
+        if not example.videos and not self.processing.takes_suffix:
+            sizes = image_sizes if image_sizes is not None else self.sizes(example, name)
+            counted = self.count(example, marked, sizes, name)
+        if counted is None:
+            encoded = self.processing([self._render(example, marked, name)])
+            runs = token_targets(encoded.rows[0], marked.spans, marked.text, where=name)
+            media = encoded.batch.get("mm_token_type_ids", torch.from_numpy(encoded.rows[0].media)) > 0
+            counted = Measured(len(encoded.rows[0].ids), int(media.sum()), sum(map(len, runs)), int(runs[-1][0]))
+        return replace(counted, notes=tuple(marked.notes))
+
+    def explain(self, row: Any) -> Explained:
         """What the model sees of one example, token by token, with the reason why each is or is not trained."""
-        batch = self([row])
-        ids = batch["input_ids"][0].tolist()
-        texts = [self._decode([i]) for i in ids]
-        return view_tokens(ids, batch["labels"][0].tolist(), batch["attention_mask"][0].tolist(), texts, self.media_ids)
+        name = _name(row, 0)
+        done = self._collate([as_example(row, where=name)], [name])
+        labels = done.labels[0].numpy()[done.encoded.columns[0]].tolist()
+        seen = self.processing.seen_sizes(done.encoded)
+        return explain_row(name, done.encoded.rows[0], labels, done.marked[0], self._decode, **seen)
 
-    def _process(self, texts: list[str], images: list[Any], names: list[str]) -> dict[str, Any]:
-        with _naming(names):
-            batch = self.processor(
-                text=texts,
-                images=images or None,
-                padding=True,
-                padding_side=self.padding_side,
-                return_tensors="pt",
-                return_offsets_mapping=True,
-                return_text_replacement_offsets=True,
-            )
-        return dict(batch)
+    def _collate(self, examples: list[Example], names: list[str]) -> Labelled:
+        done, limit = self._label(examples, names), self.max_length
+        if limit is not None and any(len(row.ids) > limit for row in done.encoded.rows):
+            done = self._fitted(examples, names, done, limit)
+        for source, one in zip(done.sources, done.marked, strict=True):
+            self.counts.update((source, note) for note in one.notes)
+        return done
 
-    def _targets(
-        self, k: int, name: str, marked: Marked, replacements: Sequence[Any], offsets: list[Any], batch: dict[str, Any]
-    ) -> list[list[int]]:
-        attended = int(batch["attention_mask"][k].sum())
-        if self.max_length is not None and attended > self.max_length:
-            raise MaskError(
-                f"{name}: {attended} tokens, over max_length = {self.max_length}. Media are never cut: raise max_length, "
-                "lower max_pixels, or drop the row."
+    def _fitted(self, examples: list[Example], names: list[str], done: Labelled, limit: int) -> Labelled:
+        """The batch with rows over the limit dropped, cut or made of smaller images, as `too_long` says."""
+        kept: list[tuple[Example, str, str]] = []
+        for example, name, row in zip(examples, names, done.encoded.rows, strict=True):
+            fitted, effect = fit(self, example, name) if len(row.ids) > limit else (example, "")
+            if fitted is None:
+                self.counts[example.source, effect] += 1
+            else:
+                kept.append((fitted, name, effect))
+        if not kept:
+            raise RowError(
+                f"{', '.join(names)}: every row of the batch was dropped, being over max_length = {limit} tokens. Drop long "
+                "rows before batching (ChatCollator.measure tells), or raise max_length."
             )
-        ids = batch["input_ids"][k].tolist()
-        spans, media = expand_spans(marked.spans, replacements)
-        text = _grow(marked.text, replacements)
-        runs = token_targets(offsets, spans, where=name, ids=ids)
-        types = batch["mm_token_type_ids"][k].tolist() if "mm_token_type_ids" in batch else None
-        prove(
-            where=name, text=text, spans=spans, runs=runs, ids=ids, decode=self._decode, media_ids=self.media_ids,
-            media_mask=types,
-        )  # fmt: skip
-        if any(a < end and start < b for a, b in media for start, end in spans):
-            raise MaskError(f"{name}: a media placeholder lies inside a response span.")
-        return runs
+        done = self._label([example for example, _, _ in kept], [name for _, name, _ in kept])
+        for one, (_, _, effect) in zip(done.marked, kept, strict=True):
+            one.notes.extend([effect] if effect else [])
+        return self._cut(done, limit) if any(len(row.ids) > limit for row in done.encoded.rows) else done
+
+    def _cut(self, done: Labelled, limit: int) -> Labelled:
+        """The batch with every row's last answer cut to the limit."""
+        positions = [np.arange(min(len(row.ids), limit)) for row in done.encoded.rows]
+        encoded = select(done.encoded, positions, self.processing.layout)
+        labels = np.full(encoded.batch["input_ids"].shape, IGNORE, np.int64)
+        runs = [[run[run < limit] for run in row] for row in done.runs]
+        for k, row in enumerate(encoded.rows):
+            for run in runs[k]:
+                labels[k, encoded.columns[k][run]] = row.ids[run]
+        return Labelled(done.sources, done.marked, encoded, torch.from_numpy(labels), runs)
+
+    def _label(
+        self, examples: Sequence[Example], names: Sequence[str], marked: Sequence[Marked] | None = None
+    ) -> Labelled:
+        marked = marked or [self.mark(example, name) for example, name in zip(examples, names, strict=True)]
+        rendered = [self._render(e, m, n) for e, m, n in zip(examples, marked, names, strict=True)]
+        encoded = self.processing(rendered)
+        for row, one in zip(encoded.rows, marked, strict=True):
+            for start, end in one.markup:
+                row.media[(row.start >= start) & (row.end <= end) & (row.end > row.start)] = True
+        labels = np.full(encoded.batch["input_ids"].shape, IGNORE, np.int64)
+        all_runs = []
+        for k, (one, name, row) in enumerate(zip(marked, names, encoded.rows, strict=True)):
+            try:
+                runs = token_targets(row, one.spans, one.text, where=name)
+            except StraddleError as error:
+                if BREAK in one.text[max(0, error.at - 1) : error.at + 1]:
+                    raise
+                return self._label(examples, names, [*marked[:k], cut_at(one, error.at), *marked[k + 1 :]])
+            all_runs.append(runs)
+            for run in runs:
+                labels[k, encoded.columns[k][run]] = row.ids[run]
+        targets = [row.ids[run].tolist() for row, runs in zip(encoded.rows, all_runs, strict=True) for run in runs]
+        decoded = iter(self.tokenizer.backend_tokenizer.decode_batch(targets, skip_special_tokens=False))
+        for name, one, row, runs in zip(names, marked, encoded.rows, all_runs, strict=True):
+            prove(
+                where=name, text=one.text, spans=one.spans, runs=runs, row=row, decoded=[next(decoded) for _ in runs],
+                tokens=self.tokenizer.convert_ids_to_tokens, media_ids=self.template.media_ids,
+            )  # fmt: skip
+        self._prove_media(encoded, rendered)
+        self._prove_prompts(examples, names, encoded, labels)
+        return Labelled([e.source for e in examples], list(marked), encoded, torch.from_numpy(labels), all_runs)
+
+    def _render(self, example: Example, marked: Marked, name: str) -> Rendered:
+        """The example with its media opened."""
+        settings = [as_settings(part) for part in media_parts(example.messages, "image")]
+        images = [open_image(i, where=f"{name}, image {k}", access=self.access) for k, i in enumerate(example.images)]
+        videos = []
+        for k, (video, part) in enumerate(zip(example.videos, media_parts(example.messages, "video"), strict=True)):
+            where, keys = f"{name}, video {k}", as_settings(part)
+            if self.processing.fast is not None:
+                videos.append(qwen_video(video, where=where, access=self.access, keys=keys,
+                                         patch_size=self.processor.image_processor.patch_size))  # fmt: skip
+            else:
+                videos.append(open_video(video, where=where, access=self.access, keys=keys))
+        text, suffix = marked.text, None
+        if self.processing.takes_suffix:  # which adds the end of sequence itself
+            turn = marked.turns[0]
+            text, suffix = text[: turn.start], text[turn.start : turn.end].removesuffix(self.tokenizer.eos_token)
+        return Rendered(name, text, images, settings, videos, suffix)
 
     def _decode(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
-    def _prove_media(self, batch: dict[str, Any], names: list[str]) -> None:
+    def _prompt(self, example: Example, name: str) -> Rendered:
+        """A conversation that ends before the answer, as the model is asked it at inference."""
+        messages, tools, _ = self.template.escape(example.messages, example.tools)
+        if self.processing.takes_suffix:
+            text = suffix_prompt(messages, self.template, where=name)
+        else:
+            text = self.template.render(messages, tools=tools, prompt=True, where=name)
+            self.template.check_texts(messages, text, where=name)
+        return replace(
+            self._render(example, Marked(text, [Turn(0, len(text), len(text), "prompt")]), name), suffix=None
+        )
+
+    @cached_property
+    def _left(self) -> Processing:
+        """The same processing, padded on the left."""
+        other = copy.copy(self.processing)
+        other.side = "left"
+        return other
+
+    def sizes(self, example: Example, name: str) -> list[tuple[int, int]]:
+        """(height, width) of the example's images, from their headers."""
+        return [image_size(i, where=f"{name}, image {k}", access=self.access) for k, i in enumerate(example.images)]
+
+    def count(self, example: Example, marked: Marked, sizes: Sequence[tuple[int, int]], name: str) -> Measured | None:
+        """Measure from the text and image sizes alone; None where the processor cannot count its images' tokens rightly."""
+        if example.images and not self.processing.counts:
+            return None
+        settings = [as_settings(part) for part in media_parts(example.messages, "image")]
+        with naming([name]):
+            media = self.processing.media_tokens(sizes, settings)
+        (row,) = self.processing.text_rows([marked.text], [name])
+        try:
+            runs = token_targets(row, marked.spans, marked.text, where=name)
+        except StraddleError as error:
+            if BREAK in marked.text[max(0, error.at - 1) : error.at + 1]:
+                raise
+            return self.count(example, cut_at(marked, error.at), sizes, name)
+        before = int(runs[-1][0])
+        placed = np.flatnonzero(row.media)
+        grown = sum(n - 1 for n, at in zip(media, placed, strict=True) if at < before)
+        tokens = len(row.ids) - len(media) + sum(media)
+        return Measured(tokens, sum(media), sum(map(len, runs)), before + grown)
+
+    def _prove_media(self, encoded: Encoded, rendered: Sequence[Rendered]) -> None:
         """Placeholders equal what the pixels imply, and the keys that carry M-RoPE are there."""
-        if getattr(self.processor, "return_mm_token_type_ids", False) and "mm_token_type_ids" not in batch:
-            raise MaskError(f"{names[0]}: the processor returned no mm_token_type_ids; without them M-RoPE is lost.")
-        merge = getattr(getattr(self.processor, "image_processor", None), "merge_size", None)
-        if "image_grid_thw" not in batch or merge is None:
-            return
-        expected = int((batch["image_grid_thw"].prod(-1) // merge**2).sum())
-        found = int((batch["input_ids"] == self.processor.image_token_id).sum())
+        batch = encoded.batch
+        if getattr(self.processor, "return_mm_token_type_ids", False) and not {
+            "mm_token_type_ids",
+            "token_type_ids",
+        } & set(batch):
+            raise MaskError(
+                f"{rendered[0].name}: the processor returned no mm_token_type_ids; without them M-RoPE is lost."
+            )
+        names = ", ".join(r.name for r in rendered)
+        for kind in ("image", "video"):
+            grid, merge = batch.get(f"{kind}_grid_thw"), getattr(self.processor.image_processor, "merge_size", None)
+            if grid is not None and merge is not None:
+                expected = int((grid.prod(-1) // merge**2).sum())
+                found = int((batch["input_ids"] == getattr(self.processor, f"{kind}_token_id")).sum())
+                self._equal(names, kind, expected, found)
+        known = "image_grid_thw" not in batch and self.processing.counts and any(one.images for one in rendered)
+        sizes = [(i.height, i.width) for one in rendered for i in one.images] if known else []
+        expected_of = iter(self.processing.media_tokens(sizes, [{}] * len(sizes)))
+        for row, one in zip(encoded.rows, rendered, strict=True):
+            if one.images and not row.media.any():
+                raise MaskError(
+                    f"{one.name}: {len(one.images)} images, but none of its {len(row.ids)} tokens stands for one."
+                )
+            if known and one.images:
+                expected = sum(next(expected_of) for _ in one.images)
+                self._equal(one.name, "image", expected, self.processing.placed(row, one))
+
+    def _equal(self, names: str, kind: str, expected: int, found: int) -> None:
         if expected != found:
             raise MaskError(
-                f"{', '.join(names)}: the pixels imply {expected} image tokens, the ids hold {found}. Is the media text "
-                "written twice, or was it cut?"
+                f"{names}: the pixels imply {expected} {kind} tokens, the ids hold {found}. Is the media text written twice, "
+                "or was it cut?"
             )
 
-    def _prove_prompts(self, examples: list[Example], names: list[str], batch: dict[str, Any], labels: Tensor) -> None:
+    def _prove_prompts(self, examples: Sequence[Example], names: Sequence[str], encoded: Encoded, labels: Ints) -> None:
         """For the first samples of each source: the ids before the last answer are the ids of the inference prompt."""
         for k, (example, name) in enumerate(zip(examples, names, strict=True)):
-            if self._prompts_proved[example.source] >= PROMPT_PROOFS or example.messages[-1]["role"] != "assistant":
-                continue
-            if example.messages[-1].get("train") is False:
+            if self._prompts_proved[example.source] >= PROMPT_PROOFS or not is_trained(example.messages[-1]):
                 continue
             self._prompts_proved[example.source] += 1
             asked = example.messages[:-1]
-            images = [open_image(image, where=name) for image in example.images[: count_images(asked)]]
-            prompt = self._process([self.render(asked, prompt=True)], images, [name])["input_ids"][0]
-            row = batch["input_ids"][k][batch["attention_mask"][k].bool()]
-            kept = labels[k][batch["attention_mask"][k].bool()]
-            if not torch.equal(row[: len(prompt)], prompt) or int(kept[len(prompt)]) == IGNORE:
+            before = replace(
+                example, messages=asked, images=example.images[: len(media_parts(asked, "image"))],
+                videos=example.videos[: len(media_parts(asked, "video"))],
+            )  # fmt: skip
+            prompt = self._left([self._prompt(before, name)]).rows[0].ids
+            row, trained = encoded.rows[k].ids, labels[k][encoded.columns[k]] != IGNORE
+            if not np.array_equal(row[: len(prompt)], prompt) or not trained[len(prompt)]:
                 raise MaskError(
                     f"{name}: the training prompt is not the inference prompt.\n  inference: "
                     f"{self._decode(prompt.tolist())[-160:]!r}\n  training:  {self._decode(row.tolist())[:400]!r}"
                 )
 
 
-@contextmanager
-def _naming(names: list[str]) -> Iterator[None]:
-    """Give a processor's own refusal (an aspect ratio over 200, say) the names of the samples it was about."""
-    try:
-        yield
-    except ValueError as error:
-        raise RowError(f"{', '.join(names)}: the processor refuses it: {error}") from error
+def _per_token(done: Labelled) -> dict[str, Tensor]:
+    """`loss_weights` and `objective_ids` [B, L] where a turn sets its own."""
+    found: dict[str, Tensor] = {}
+    turns = [turn for one in done.marked for turn in one.turns]
+    names = sorted(OBJECTIVES)
+    if any(turn.weight != 1 for turn in turns):
+        found["loss_weights"] = torch.ones(done.labels.shape)
+    if any(turn.objective for turn in turns):
+        found["objective_ids"] = torch.full_like(done.labels, -1)
+    for k, one in enumerate(done.marked if found else []):
+        for turn, run in zip(one.turns, done.runs[k], strict=True):
+            column = torch.from_numpy(done.encoded.columns[k][run])
+            if "loss_weights" in found:
+                found["loss_weights"][k, column] = turn.weight
+            if turn.objective:
+                found["objective_ids"][k, column] = names.index(turn.objective)
+    return found
+
+
+def _fields(row: Any) -> Any:
+    """A row of any kind as as_example takes it; a benchmark's Sample too."""
+    if isinstance(row, Sample):
+        return {"messages": row.messages, "images": row.images, "id": row.id, "source": f"{row.benchmark} {row.split}"}
+    return row
 
 
 def _name(row: Any, k: int) -> str:
+    if isinstance(row, Sample):
+        return f"{row.benchmark} {row.split} {row.id}"
     name = row.get("id") if isinstance(row, Mapping) else getattr(row, "id", "")
     source = row.get("source") if isinstance(row, Mapping) else getattr(row, "source", "")
     return f"{source or 'example'} {name or k}"
-
-
-def _grow(text: str, replacements: Sequence[Mapping[str, Any]]) -> str:
-    """The text the tokenizer saw: each placeholder replaced by its media text (only its length matters here)."""
-    grown, last = [], 0
-    for r in replacements:
-        start, end = r["span"]
-        grown += [text[last:start], " " * (r["new_span"][1] - r["new_span"][0])]
-        last = end
-    return "".join(grown) + text[last:]
-
-
-def _media_ids(processor: Any) -> set[int]:
-    """Ids that stand for pixels or enclose them: the processor's placeholders and the tokenizer's vision marks."""
-    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id", "audio_token_id")
-    found = {getattr(holder, name, None) for holder in (processor, processor.tokenizer) for name in names}
-    for token in processor.tokenizer.all_special_tokens:
-        if token in ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"):
-            found.add(processor.tokenizer.convert_tokens_to_ids(token))
-    return {i for i in found if isinstance(i, int)}

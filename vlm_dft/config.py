@@ -20,6 +20,8 @@ from vlm_dft.errors import CardError, ConfigError
 from vlm_dft.families import PARTS
 from vlm_dft.objectives import OBJECTIVES
 
+TOO_LONG = ("raise", "drop", "shorten_answer", "downscale")
+RESIZE = ("processor", "pillow")
 PRECISIONS = ("auto", "fp32", "bf16", "pure_bf16")
 
 
@@ -73,6 +75,8 @@ class TrainConfig:
     "Training processes (GPUs); set by scripts/train_qwenvl.sh from NPROC."
     deepspeed: str | None = None
     "A DeepSpeed configuration file, or zero2 / zero3 for those in scripts/deepspeed/."
+    collator: dict[str, Any] = field(default_factory=dict)
+    "Anything of ChatCollator's: too_long (drop unless set), packing, resize, template_options; and hosts to fetch images from."
     trainer: dict[str, Any] = field(default_factory=dict)
     "Anything else of transformers' TrainingArguments, passed through."
 
@@ -91,6 +95,14 @@ class TrainConfig:
         return dataclasses.asdict(self)
 
 
+COLLATOR = (
+    "too_long",
+    "packing",
+    "resize",
+    "template_options",
+    "tokens_per_second",
+    "hosts",
+)  # what `collator` may hold
 FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig)}
 OWNED_BY_US = {  # HF name -> ours: two names for one setting would contradict each other
     "per_device_train_batch_size": "batch_size and micro_batch", "gradient_accumulation_steps": "batch_size",
@@ -110,12 +122,19 @@ def resolve_config(*layers: tuple[str, Mapping[str, Any]]) -> TrainConfig:
     """
     values: dict[str, Any] = {}
     trainer: dict[str, Any] = {}
+    collator: dict[str, Any] = {}
     for where, layer in layers:
         for key, value in layer.items():
             if key == "trainer":
                 if not isinstance(value, Mapping):
                     raise ConfigError(f"{where}: trainer must be a mapping, found {value!r}.")
                 trainer.update({name: _passed_through(name, v, where) for name, v in value.items()})
+            elif key == "collator":
+                if not isinstance(value, Mapping):
+                    raise ConfigError(f"{where}: collator must be a mapping, found {value!r}.")
+                collator.update({name: _of_collator(name, v, where) for name, v in value.items()})
+            elif key in COLLATOR:
+                collator[key] = _of_collator(key, value, where)
             elif key in FIELDS:
                 values[key] = _coerce(key, value, where)
             else:
@@ -128,7 +147,7 @@ def resolve_config(*layers: tuple[str, Mapping[str, Any]]) -> TrainConfig:
     processes, batch = values.get("processes", 1), values.get("batch_size", TrainConfig().batch_size)
     if "micro_batch" in values and not chosen and batch % processes == 0:  # a recipe's is the largest that fits
         values["micro_batch"] = math.gcd(values["micro_batch"], batch // processes)
-    config = TrainConfig(**values, trainer=trainer)
+    config = TrainConfig(**values, collator=collator, trainer=trainer)
     _check(config)
     return config
 
@@ -178,6 +197,18 @@ def _check(config: TrainConfig) -> None:
         )
 
 
+def _of_collator(name: str, value: Any, where: str) -> Any:
+    if name not in COLLATOR:
+        raise ConfigError(
+            f"{where}: unknown setting {name!r} of collator.{nearest(name, COLLATOR)} Known: {', '.join(COLLATOR)}."
+        )
+    value = value.split(",") if name == "hosts" and isinstance(value, str) else _plain(value)
+    known = {"too_long": TOO_LONG, "resize": RESIZE, "packing": (True, False)}.get(name)
+    if known is not None and value not in known:
+        raise ConfigError(f"{where}: {name} must be one of {', '.join(map(str, known))}, found {value!r}.")
+    return value
+
+
 def _passed_through(name: str, value: Any, where: str) -> Any:
     known = training_arguments()
     if name in OWNED_BY_US:
@@ -185,9 +216,9 @@ def _passed_through(name: str, value: Any, where: str) -> Any:
     if name == "max_steps" and not isinstance(_plain(value), int):
         raise ConfigError(f"{where}: max_steps must be a whole number, found {value!r}.")
     if name not in known:
-        everything = [*FIELDS, *known]
+        everything = [*FIELDS, *COLLATOR, *known]
         raise ConfigError(
-            f"{where}: unknown setting {name!r}.{nearest(name, everything)} Ours: {', '.join(FIELDS)}; "
+            f"{where}: unknown setting {name!r}.{nearest(name, everything)} Ours: {', '.join([*FIELDS, *COLLATOR])}; "
             "and every field of transformers' TrainingArguments."
         )
     return _plain(value)

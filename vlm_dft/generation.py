@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlm_dft.chat import Sample, open_image, render_chat
-from vlm_dft.errors import ConfigError
+from vlm_dft.chat import Sample
+from vlm_dft.collators import ChatCollator
+from vlm_dft.errors import ConfigError, ImageError
+from vlm_dft.media import image_size
 from vlm_dft.runs import write_json, write_text
 
 PIXELS_PER_TOKEN = 784  # 28 x 28; only to order prompts by length
@@ -25,7 +27,7 @@ SMALL = (
 
 def generate(
     model: Any,
-    processor: Any,
+    collator: ChatCollator,
     samples: Sequence[Sample],
     path: Path,
     *,
@@ -35,14 +37,14 @@ def generate(
     title: str = "generating",
     show: bool = True,
 ) -> list[dict[str, Any]]:
-    """Answer every sample greedily and write its row to `path`, in the samples' order. Returns the rows.
+    """Answer every sample greedily, asked as the collator trains it, and write its row to `path`, in the samples' order. Returns the rows.
 
     Rows are appended as batches finish; a run that was killed goes on where it stopped. What decides the responses
     (model, benchmark, prompts, length) is kept in predictions.meta.json beside `path`, and a change of it is refused.
     max_new_tokens: default the benchmark card's. batch_size: prompts at once; batches are the same in every run.
     """
     limit = max_new_tokens or max(int(sample.record["max_new_tokens"]) for sample in samples)
-    prompts = [render_chat(processor, sample.messages, prompt=True) for sample in samples]
+    prompts = [collator.prompt_text(sample) for sample in samples]
     _check_settings(path, _settings(model, model_name, samples, prompts, limit))
     done = {row["id"]: row for row in _read_whole_rows(path)}
     with path.open("a", encoding="utf-8") as file:
@@ -51,7 +53,7 @@ def generate(
             if not missing:
                 continue
             with _few_threads(model):
-                answers = _answer(model, processor, [samples[k] for k in batch], [prompts[k] for k in batch], limit)
+                answers = _answer(model, collator, [samples[k] for k in batch], limit)
             for k, answer in zip(batch, answers, strict=True):
                 if k in missing:
                     sample = samples[k]
@@ -65,15 +67,10 @@ def generate(
 
 
 @torch.inference_mode()
-def _answer(
-    model: Any, processor: Any, samples: Sequence[Sample], prompts: Sequence[str], limit: int
-) -> list[dict[str, Any]]:
+def _answer(model: Any, collator: ChatCollator, samples: Sequence[Sample], limit: int) -> list[dict[str, Any]]:
     from transformers import GenerationConfig
 
-    images = [open_image(image, where=f"{s.benchmark} {s.split} {s.id}") for s in samples for image in s.images]
-    inputs = processor(
-        text=list(prompts), images=images or None, padding=True, padding_side="left", return_tensors="pt"
-    )
+    processor, inputs = collator.processor, collator.prompts(samples)
     device = next(model.parameters()).device
     moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
     moved = {k: v.to(model.dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in moved.items()}
@@ -141,15 +138,11 @@ def _cost(sample: Sample, prompt: str) -> float:
 
 def _pixels(image: Any) -> int:
     """The area of an image, from the file's header where it is a file."""
-    from PIL import Image, UnidentifiedImageError
-
-    if isinstance(image, (str, Path)):
-        try:
-            with Image.open(image) as opened:
-                return opened.width * opened.height
-        except (OSError, UnidentifiedImageError):
-            return 0  # open_image says what is wrong with it
-    return getattr(image, "width", 0) * getattr(image, "height", 0)
+    try:
+        height, width = image_size(image)
+    except ImageError:
+        return 0  # said when it is opened, with the sample's name
+    return height * width
 
 
 def _settings(model: Any, name: str, samples: Sequence[Sample], prompts: Sequence[str], limit: int) -> dict[str, Any]:

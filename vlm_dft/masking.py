@@ -1,195 +1,411 @@
 """Masks: a rendered conversation in, the characters and then the tokens of its responses out, with the proof that they are.
 
-Render once, mark by text, process once, map by offsets, prove, else raise: nothing here knows a model family.
+Render, mark by text, process once, map by offsets, prove, else raise: nothing here knows a model family.
 """
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, NamedTuple
 
-from vlm_dft.chat import Message
+import numpy as np
+
+from vlm_dft.alignment import Ints, Row
+from vlm_dft.chat import Example, Message, is_trained, text_of
 from vlm_dft.errors import MaskError
+from vlm_dft.templates import BREAK, ChatTemplate
 
-OPEN, CLOSE = "\ue0f0", "\ue0f1"  # private-use characters: no tokenizer or template gives them a meaning
+FIRST_SENTINEL = 0x100000  # private-use characters of plane 16: no tokenizer or template gives them a meaning
+SENTINELS = re.compile("[\U00100000-\U0010ffef]")
+TAG = re.compile(r"(</?[A-Za-z_]+>|◁/?think▷|\[/?THINK\])")  # templates cut an answer at its thinking tags
+SHAPE_PROOFS = 4  # conversations of a shape that are rendered without sentinels too
 Span = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
+class Turn:
+    """A trained assistant turn: characters [start, end) of the rendered text, end-of-turn token included where there is one."""
+
+    message: int  # its place in the conversation
+    start: int
+    end: int
+    method: str  # how its characters were found: "generation prompt" (from its end on), "sentinels" or "suffix"
+    weight: float = 1.0
+    objective: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Marked:
-    """A rendered conversation: its text, and the character spans [start, end) that are to be learnt, end tokens included."""
+    """A rendered conversation: its text, its trained turns, and what is to be said about it."""
 
     text: str
-    spans: list[Span]
+    turns: list[Turn]
+    notes: list[str] = field(default_factory=list)
+    markup: list[Span] = field(default_factory=list)  # media inside the turns, with the template's tokens around them
+
+    @property
+    def spans(self) -> list[Span]:
+        """Characters [start, end) of each trained turn."""
+        return [(turn.start, turn.end) for turn in self.turns]
 
 
-def mark_responses(
-    messages: Sequence[Message], render: Callable[[list[Message]], str], end_tokens: Collection[str], *, where: str
-) -> Marked:
-    """Render the messages and find the assistant's text in them by sentinels, which works for any chat template.
+class Owner(NamedTuple):
+    """What a pair of sentinels encloses."""
 
-    `render` turns messages into the template's text. Each trained assistant text is rendered a second time between two
-    private-use characters; what they enclose is the response, if the text is the plain one without them. The special
-    token that directly follows a turn's text (the end of turn) belongs to the span; a newline after it does not.
+    message: int
+    name: str  # "content", "reasoning" or "tool_calls"
+    text: str
+
+
+def mark_responses(example: Example, template: ChatTemplate, *, where: str) -> Marked:
+    """Render an example and find the assistant's texts in it by sentinels, which works for any chat template.
+
+    Each trained text, reasoning and tool name is rendered between two private-use characters of its own, and what they
+    enclose must be the row's own words. For the first conversations of a shape (roles, fields, kinds of parts) the text
+    without them must also be the plain render, and begin with the inference prompt of the last answer. A turn's span runs
+    from the generation prompt's end to the end-of-turn token, so that it is all that the model must write by itself.
+    Where a template renders a finished conversation otherwise than the prompt of its last answer, the text is that prompt
+    and the answer. A template without an end-of-turn token gets the tokenizer's end of sequence after the last answer.
+    Raises MaskError naming the sample.
     """
-    plain = render([_without_train(m) for m in messages])
-    if OPEN in plain or CLOSE in plain:
-        raise MaskError(f"{where}: the text holds U+E0F0 or U+E0F1, which mark responses. Remove them from the row.")
-    if not any(_is_trained(m) for m in messages):
-        raise MaskError(f"{where}: no assistant message to train on (roles: {[m['role'] for m in messages]}).")
-    for k, message in enumerate(messages):
-        if _is_trained(message) and not _texts(message["content"]):
+    messages, tools, escaped = template.escape(example.messages, example.tools)
+    _check_answers(messages, where)
+    marked, owners = _with_sentinels(messages, where)
+    said = template.render(marked, tools=tools, where=where)
+    plain = SENTINELS.sub("", said)
+    found = _spans(said, owners, where)
+    notes = ["literal control token kept as text"] if escaped else []
+    last, shape = len(messages) - 1, _shape(messages, bool(example.tools))
+    proven, opened = template.proven[shape] >= SHAPE_PROOFS, 0
+    if not proven:
+        if template.render(messages, tools=tools, where=where) != plain:
             raise MaskError(
-                f"{where}, message {k}: the assistant's answer is empty. Drop the row, or set 'train': False."
+                f"{where}: the chat template changes the assistant's text, so the response cannot be found in it. Expected "
+                f"the template to render an assistant's content as it is.\n  rendered: {excerpt(plain, len(plain))}"
             )
-    for strip in (False, True):  # some templates strip the text they are given, and would strip around a sentinel
-        spans = _sentinel_spans(render([_with_sentinels(m, strip) for m in messages]), plain)
-        if spans:
-            break
-    else:
-        raise MaskError(
-            f"{where}: the chat template changes the assistant's text, so the response cannot be found in it. Expected "
-            f"the template to render an assistant's content as it is.\n  rendered: {_excerpt(plain, len(plain))}"
-        )
-    expected = sum(len(_texts(m["content"])) for m in messages if _is_trained(m))
-    if len(spans) != expected:
-        raise MaskError(
-            f"{where}: expected {expected} assistant texts in the rendered conversation, found {len(spans)}."
-        )
-    return Marked(plain, _with_end_tokens(messages, plain, spans, end_tokens, where))
+        if is_trained(messages[last]):
+            prompt = template.render(messages[:last], tools=tools, prompt=True, where=where)
+            opened = len(prompt)
+            if not plain.startswith(prompt):
+                history = template.render(marked[:last], tools=tools, prompt=True, where=where)
+                before = _spans(history, owners, where)
+                mine = {index: found[index] for index in _indices(owners, last) if index in found}
+                plain, moved = _after_prompt(prompt, messages, mine, plain, template, where)
+                found, proven = {**before, **moved}, True  # every conversation of this shape is made so
+                notes.append(
+                    "trained after the inference prompt: the template renders a finished conversation otherwise"
+                )
+    template.check_texts(messages, plain, where=where)
+    turns: list[Turn] = []
+    for k, message in enumerate(messages):
+        if not is_trained(message):
+            continue
+        mine = {index: found[index] for index in _indices(owners, k) if index in found}
+        lost = [owners[index].name for index in _indices(owners, k) if index not in found]
+        if "content" in lost or "tool_calls" in lost or not mine:
+            raise MaskError(
+                f"{where}, message {k}: the chat template leaves out the assistant's {lost[0]}. Expected its text in the "
+                f"rendered conversation.\n  rendered: {excerpt(plain, len(plain))}"
+            )
+        if lost:
+            notes.append(
+                "reasoning of an earlier turn dropped by the chat template (unroll trains every turn with its own)"
+            )
+        pieces = list(mine.values())
+        turn, plain = _extent(message, k, pieces, plain, template, turns[-1].end if turns else 0, k == last, where)
+        if k == last and opened:
+            proven = proven or turn.start != opened  # found otherwise than by the prompt: look at each
+            turn = replace(turn, start=opened, method="generation prompt")
+        turns.append(turn)
+    if not proven:
+        template.proven[shape] += 1
+    if turns[-1].end == len(plain) and not template.end and plain.endswith(template.tokenizer.eos_token or "\0"):
+        notes.append("end of sequence added after the last answer: the chat template writes no end of turn")
+    markup = [span for turn in turns for span in template.markup(plain, turn.start, turn.end)]
+    return Marked(plain, turns, notes, markup)
 
 
-def _is_trained(message: Message) -> bool:
-    return message["role"] == "assistant" and message.get("train", True) is not False
+def _after_prompt(
+    prompt: str, messages: Sequence[Message], mine: Mapping[int, Span], plain: str, template: ChatTemplate, where: str
+) -> tuple[str, dict[int, Span]]:  # fmt: skip
+    """The inference prompt and the last answer as one text, and where the answer's pieces are in it."""
+    last = len(messages) - 1
+    if not mine:
+        raise MaskError(f"{where}: the chat template leaves out the last answer of a finished conversation.")
+    first = min(start for start, _ in mine.values())
+    words = text_of(messages[last]["content"])
+    blanks = words[: len(words) - len(words.lstrip())]
+    first -= len(blanks) if plain[:first].endswith(blanks) else 0
+    _check_same_prompt(messages[:last], prompt, plain[:first], where)
+    turn, _ = _extent(messages[last], last, list(mine.values()), plain, template, 0, True, where)
+    opening = plain[turn.start : first] if plain[turn.start : first].strip() else ""  # a thinking block, say
+    by = len(prompt) + len(opening) - first
+    return prompt + opening + plain[first:], {index: (a + by, b + by) for index, (a, b) in mine.items()}
 
 
-def _without_train(message: Message) -> Message:
-    return {key: value for key, value in message.items() if key != "train"}
-
-
-def _texts(content: Any) -> list[str]:
-    texts = [content] if isinstance(content, str) else [p["text"] for p in content if p.get("type") == "text"]
-    return [text for text in texts if text.strip()]
-
-
-def _with_sentinels(message: Message, strip: bool) -> Message:
-    content, trained, message = message["content"], _is_trained(message), _without_train(message)
-    if not trained:
-        return message
-    if isinstance(content, str):
-        return {**message, "content": _wrap(content, strip)}
-    parts = [{**part, "text": _wrap(part["text"], strip)} if part.get("type") == "text" else part for part in content]
-    return {**message, "content": parts}
-
-
-def _wrap(text: str, strip: bool) -> str:
-    core = text.strip() if strip else text
-    if not core.strip():
-        return text
-    head, tail = text.split(core, 1)
-    return f"{head}{OPEN}{core}{CLOSE}{tail}"
-
-
-def _sentinel_spans(marked: str, plain: str) -> list[Span]:
-    """Spans in the plain text of what the sentinels enclose; none if the marked text is not the plain one plus sentinels."""
-    spans: list[Span] = []
-    start, length = -1, 0
-    for char in marked:
-        if char == OPEN:
-            start = length
-        elif char == CLOSE:
-            spans.append((start, length))
-        else:
-            length += 1
-    if marked.replace(OPEN, "").replace(CLOSE, "") != plain:
-        return []
+def _spans(marked: str, owners: Sequence[Owner], where: str) -> dict[int, Span]:
+    """{pair of sentinels: what it encloses, as a span of the text without sentinels}, which must be the row's own words."""
+    opened: dict[int, int] = {}
+    spans: dict[int, Span] = {}
+    for taken, match in enumerate(SENTINELS.finditer(marked)):
+        index, closes = divmod(ord(match.group()) - FIRST_SENTINEL, 2)
+        if closes and index in opened and index not in spans:
+            first = opened[index]
+            inside = SENTINELS.sub("", marked[first : match.start()])
+            if inside != owners[index].text:
+                raise MaskError(
+                    f"{where}: the chat template changes the assistant's text, so the response cannot be found in it.\n"
+                    f"  expected: {excerpt(owners[index].text, 160)!r}\n  found:    {excerpt(inside, 160)!r}"
+                )
+            spans[index] = (match.start() - taken - len(inside), match.start() - taken)
+        elif not closes:
+            opened.setdefault(index, match.end())
     return spans
 
 
-def _with_end_tokens(
-    messages: Sequence[Message], plain: str, spans: list[Span], end_tokens: Collection[str], where: str
-) -> list[Span]:
-    counts = [len(_texts(m["content"])) for m in messages if _is_trained(m)]
-    ends_turn = {sum(counts[: k + 1]) - 1 for k in range(len(counts))}  # the last text of each trained turn
-    longest_first = sorted((t for t in end_tokens if t), key=len, reverse=True)
-    closed: list[Span] = []
-    for k, (start, end) in enumerate(spans):
-        if k in ends_turn:
-            token = next((t for t in longest_first if plain.startswith(t, end)), None)
-            if token is None:
-                raise MaskError(
-                    f"{where}: no end-of-turn token follows the answer, so the model would never learn to stop. Expected "
-                    f"one of {longest_first[:6]}, found {plain[end : end + 20]!r} after {_excerpt(plain, end)!r}."
-                )
-            end += len(token)
-        closed.append((start, end))
-    return closed
+def _check_same_prompt(messages: Sequence[Message], prompt: str, rendered: str, where: str) -> None:
+    """Raise MaskError unless the finished conversation opens like the prompt but for blanks, or lost what the prompt says.
 
-
-def expand_spans(spans: Sequence[Span], replacements: Sequence[Mapping[str, Any]]) -> tuple[list[Span], list[Span]]:
-    """Move spans of the rendered text to the text the tokenizer saw, in which placeholders grew into many media tokens.
-
-    `replacements`: the processor's `text_replacement_offsets` of one sample (`span` before, `new_span` after).
-    Returns (response spans, media spans), both in characters of the grown text.
+    LLaVA-OneVision writes other blanks before an answer than in its generation prompt; Pixtral leaves the system's text
+    out of a conversation that ends with an answer. Any other difference would train what is never asked.
     """
-    ends = [r["span"][1] for r in replacements]
-    gains = [r["new_span"][1] - r["span"][1] for r in replacements]
-
-    def move(char: int) -> int:
-        before = sum(end <= char for end in ends)
-        return char + (gains[before - 1] if before else 0)
-
-    return [(move(a), move(b)) for a, b in spans], [
-        (int(r["new_span"][0]), int(r["new_span"][1])) for r in replacements
-    ]
+    lost = any(text_of(m["content"]).strip() not in rendered for m in messages if m["role"] in ("system", "user"))
+    if not lost and "".join(prompt.split()) != "".join(rendered.split()):
+        raise MaskError(
+            f"{where}: the training prompt is not the inference prompt.\n  inference: {excerpt(prompt, len(prompt))!r}\n"
+            f"  training:  {excerpt(rendered, len(rendered))!r}"
+        )
 
 
-def token_targets(offsets: Sequence[Span], spans: Sequence[Span], *, where: str, ids: Sequence[int]) -> list[list[int]]:
-    """The token positions of each span. Raises MaskError when a token straddles a span's edge."""
-    runs: list[list[int]] = [[] for _ in spans]
-    position = 0
-    for k, (start, end) in enumerate(spans):
-        while position < len(offsets) and offsets[position][1] <= start:
-            position += 1
-        while position < len(offsets) and offsets[position][0] < end:
-            a, b = offsets[position]
-            if a < b:
-                if a < start or b > end:
-                    raise MaskError(
-                        f"{where}: token {position} (id {ids[position]}, characters {a} to {b}) straddles the edge of the "
-                        f"response at characters {start} to {end}. An answer should not begin or end with white space "
-                        "that merges with the template's."
-                    )
-                runs[k].append(position)
-            position += 1
+def _shape(messages: Sequence[Message], tools: bool) -> tuple[Any, ...]:
+    """What a template's branches look at: roles, fields, kinds of parts, thinking tags; not the words."""
+    return (
+        tools,
+        *(
+            (m["role"], is_trained(m), bool(TAG.search(text_of(m["content"]))), *sorted(m),
+             *(() if isinstance(m["content"], str) else (p["type"] for p in m["content"])))
+            for m in messages
+        ),
+    )  # fmt: skip
+
+
+def _indices(owners: Sequence[Owner], message: int) -> list[int]:
+    return [index for index, owner in enumerate(owners) if owner.message == message]
+
+
+def _check_answers(messages: Sequence[Message], where: str) -> None:
+    if not any(map(is_trained, messages)):
+        raise MaskError(f"{where}: no assistant message to train on (roles: {[m['role'] for m in messages]}).")
+    for k, message in enumerate(messages):
+        if is_trained(message) and not text_of(message["content"]).strip() and not message.get("tool_calls"):
+            raise MaskError(
+                f"{where}, message {k}: the assistant's answer is empty. Drop the row, or set 'train': False."
+            )
+
+
+def _with_sentinels(messages: Sequence[Message], where: str) -> tuple[list[Message], list[Owner]]:
+    """The messages with every trained text wrapped, and for each pair of sentinels what it belongs to."""
+    owners: list[Owner] = []
+    for message in messages:
+        if SENTINELS.search(text_of(message["content"]) + message.get("reasoning_content", "")):
+            raise MaskError(
+                f"{where}: the text holds a character of U+100000 to U+10FFEF, which mark responses. Remove it."
+            )
+
+    def wrap(text: str, k: int, name: str) -> str:
+        pieces = TAG.split(text)
+        for place, piece in enumerate(pieces):
+            core = piece.strip()  # templates strip what they are given, and would strip around a sentinel
+            if core and not TAG.fullmatch(piece):
+                first = FIRST_SENTINEL + 2 * len(owners)
+                if first + 1 > 0x10FFEF:
+                    raise MaskError("A conversation has more than 32,000 pieces of answers. Split it.")
+                owners.append(Owner(k, name if place == len(pieces) - 1 else "reasoning", core))
+                at = piece.index(core)
+                pieces[place] = f"{piece[:at]}{chr(first)}{core}{chr(first + 1)}{piece[at + len(core) :]}"
+        return "".join(pieces)
+
+    marked = []
+    for k, message in enumerate(messages):
+        if is_trained(message):
+            content, message = message["content"], dict(message)
+            if "reasoning_content" in message:
+                message["reasoning_content"] = wrap(message["reasoning_content"], k, "reasoning")
+            if isinstance(content, str):
+                message["content"] = wrap(content, k, "content")
+            else:
+                message["content"] = [
+                    {**p, "text": wrap(p["text"], k, "content")} if p["type"] == "text" else p for p in content
+                ]
+            if message.get("tool_calls"):
+                named = partial(wrap, k=k, name="tool_calls")
+                message["tool_calls"] = [_named(call, named) for call in message["tool_calls"]]
+        marked.append(message)
+    return marked, owners
+
+
+def _named(call: Any, wrap: Callable[[str], str]) -> Any:
+    """A tool call ({"name": ...} or {"function": {"name": ...}}) with its name wrapped."""
+    if isinstance(call, Mapping) and isinstance(call.get("function"), Mapping):
+        return {**call, "function": _named(call["function"], wrap)}
+    return {**call, "name": wrap(call["name"])} if isinstance(call, Mapping) and "name" in call else call
+
+
+def mark_suffix(example: Example, template: ChatTemplate, *, where: str) -> Marked:
+    """The same for a processor that takes one prompt and its answer apart and has no chat template (PaliGemma)."""
+    messages, _, escaped = template.escape(example.messages)
+    _check_answers(messages, where)
+    if not example.images:
+        raise MaskError(
+            f"{where}: {type(template.processor).__name__} needs an image in every row, found none. Drop the row."
+        )
+    prompt = suffix_prompt(messages[:-1], template, where=where)
+    answer, turn = text_of(messages[-1]["content"]), messages[-1]
+    media = not isinstance(turn["content"], str) and any(part["type"] != "text" for part in turn["content"])
+    if not is_trained(turn) or media or "reasoning_content" in turn or turn.get("tool_calls"):
+        raise MaskError(f"{where}: expected the last message to be a plain answer, found {excerpt(str(turn), 160)!r}.")
+    end = len(prompt) + len(answer) + len(template.tokenizer.eos_token)
+    found = Turn(len(messages) - 1, len(prompt), end, "suffix", float(turn.get("weight", 1)), turn.get("objective"))
+    return Marked(
+        prompt + answer + template.tokenizer.eos_token, [found],
+        ["literal control token kept as text"] if escaped else [],
+    )  # fmt: skip
+
+
+def suffix_prompt(messages: Sequence[Message], template: ChatTemplate, *, where: str) -> str:
+    """The prompt of a processor without a chat template: image placeholders first, then the user's text."""
+    if [m["role"] for m in messages] != ["user"]:
+        raise MaskError(
+            f"{where}: {type(template.processor).__name__} takes one user message and one answer, found the roles "
+            f"{[m['role'] for m in messages]} before the answer. Merge the turns, or unroll the row."
+        )
+    content = messages[0]["content"]
+    images = [] if isinstance(content, str) else [p for p in content if p["type"] == "image"]
+    return (template.placeholder("image") or "") * len(images) + text_of(content)
+
+
+def _extent(
+    message: Message, k: int, pieces: Sequence[Span], plain: str, template: ChatTemplate, after: int, is_last: bool, where: str
+) -> tuple[Turn, str]:  # fmt: skip
+    """The turn that the pieces belong to, from the generation prompt's end to its end token; and the text, to which an
+    end of sequence is added if it is the last and the template ends it with nothing."""
+    first, last = min(start for start, _ in pieces), max(end for _, end in pieces)
+    start, method = first, "sentinels"
+    for header in template.headers:
+        at = plain.rfind(header, after, first) + len(header) if header else first - _blanks_before(plain, first)
+        if at - len(header) >= after and template.is_glue(plain[at:first]):
+            if header == template.headers[0] or plain[at:first].strip():
+                start, method = at, "generation prompt"
+            break  # the blanks after what is only the beginning of the generation prompt are not the model's to write
+    follows = plain[last:]
+    if media := template.markup(plain, last, last + len(follows)):  # an answer that ends with a picture
+        after_media = media[-1][1] if not follows[: media[0][0] - last].strip() and is_last else last
+        last, follows = after_media, plain[after_media:]
+    blank = len(follows) - len(follows.lstrip())
+    if template.end and message.get("tool_calls"):  # their arguments stand between the last sentinel and the end
+        at = follows.find(template.end)
+        token, end = (template.end, last + at) if at >= 0 else (None, last)
+    elif template.end and follows.startswith(template.end, blank):
+        token, end = template.end, last + blank
+    else:
+        token, end = template.special_at(follows), last  # GLM's turn ends with the next role's token
+    if token is None and is_last:
+        if follows.strip():
+            raise MaskError(
+                f"{where}: no end-of-turn token follows the answer, so the model would never learn to stop. Expected a "
+                f"special token, found {follows[:20]!r} after {excerpt(plain, last)!r}."
+            )
+        token = template.tokenizer.eos_token
+        if not token:
+            raise MaskError(f"{where}: neither the chat template nor the tokenizer has a token that ends the answer.")
+        plain, end = plain[:last] + token, last
+    stop = last if token is None else end + len(token)
+    return Turn(k, start, stop, method, float(message.get("weight", 1.0)), message.get("objective")), plain
+
+
+def _blanks_before(text: str, at: int) -> int:
+    return at - len(text[:at].rstrip())
+
+
+class StraddleError(MaskError):
+    """A token holds characters of the template and of the answer, at the edge `at` of a span: white space merged there."""
+
+    def __init__(self, message: str, at: int) -> None:
+        super().__init__(message)
+        self.at = at
+
+
+def cut_at(marked: Marked, at: int) -> Marked:
+    """The same text with BREAK at an edge of a response, so that what is before and after it is tokenised apart."""
+    turns = [replace(t, start=t.start + (t.start >= at), end=t.end + (t.end > at)) for t in marked.turns]
+    markup = [(a + (a >= at), b + (b > at)) for a, b in marked.markup]
+    return Marked(marked.text[:at] + BREAK + marked.text[at:], turns, marked.notes, markup)
+
+
+def token_targets(row: Row, spans: Sequence[Span], text: str, *, where: str) -> list[Ints]:
+    """The positions of each span's tokens, media left out. Raises StraddleError when a token straddles a span's edge."""
+    runs = []
+    for start, end in spans:
+        first = int(np.searchsorted(row.end, start, side="right"))
+        stop = int(np.searchsorted(row.start, end, side="left"))
+        inside = np.arange(first, stop)
+        inside = inside[~row.media[first:stop] & (row.end[first:stop] > row.start[first:stop])]
+        if len(inside) and (row.start[inside[0]] < start or row.end[inside[-1]] > end):
+            k = int(inside[0] if row.start[inside[0]] < start else inside[-1])
+            a, b = int(row.start[k]), int(row.end[k])
+            raise StraddleError(
+                f"{where}: token {k} (id {row.ids[k]}, {text[a:b]!r}) straddles the edge of the response "
+                f"{excerpt(text[start:end], 40)!r}. An answer should not begin or end with white space that merges with the "
+                "template's.",
+                start if row.start[k] < start else end,
+            )
+        runs.append(inside)
     return runs
 
 
 def prove(
-    *, where: str, text: str, spans: Sequence[Span], runs: Sequence[Sequence[int]], ids: Sequence[int],
-    decode: Callable[[list[int]], str], media_ids: Collection[int], media_mask: Sequence[int] | None,
+    *, where: str, text: str, spans: Sequence[Span], runs: Sequence[Ints], row: Row, decoded: Sequence[str],
+    tokens: Callable[[list[int]], list[str]], media_ids: Collection[int],
 ) -> None:  # fmt: skip
-    """Prove one sample's targets: each run decodes to its answer plus end token, and none is a media token."""
-    if not any(runs):
+    """Prove one sample's targets: each run (`decoded`) is its answer plus end token, and none is a media token."""
+    if not sum(map(len, runs)):
         raise MaskError(f"{where}: expected at least one target token, found none.")
-    for (start, end), run in zip(spans, runs, strict=True):
-        expected = unicodedata.normalize("NFC", text[start:end])
-        found = unicodedata.normalize("NFC", decode([ids[k] for k in run]))
-        if found != expected:
-            raise MaskError(
-                f"{where}: targets do not decode to the answer.\n  expected: {_excerpt(expected, len(expected))}"
-                f"\n  found:    {_excerpt(found, len(found))}"
-            )
-        for k in run:
-            if ids[k] in media_ids or (media_mask is not None and media_mask[k]):
+    for (start, end), run, found in zip(spans, runs, decoded, strict=True):
+        ids = row.ids[run].tolist()
+        expected = _answer_text(text, start, end, row, run)
+        if found not in (expected, expected.removeprefix(" ")):  # SentencePiece's decoder drops a first blank
+            expected, found = unicodedata.normalize("NFC", expected), unicodedata.normalize("NFC", found)
+            if found not in (expected, expected.removeprefix(" ")):
                 raise MaskError(
-                    f"{where}: media token {decode([ids[k]])!r} at position {k} is a target. Write media as parts "
-                    '{"type": "image"}, not as text in an answer.'
+                    f"{where}: targets do not decode to the answer.\n  expected: {excerpt(expected, len(expected))!r}"
+                    f"\n  found:    {excerpt(found, len(found))!r}"
                 )
+        token = next((i for i in ids if i in media_ids), None)
+        if token is not None:
+            raise MaskError(
+                f"{where}: media token {tokens([token])[0]!r} is a target. Write media as parts "
+                '{"type": "image"}, not as text in an answer.'
+            )
 
 
-def _excerpt(text: str, end: int, width: int = 160) -> str:
+def _answer_text(text: str, start: int, end: int, row: Row, run: Ints) -> str:
+    """The characters of a span, without BREAK and without what media tokens inside it cover."""
+    pieces, at = [], start
+    if len(run) and len(run) < run[-1] - run[0] + 1:  # something between the targets is no target
+        within = np.arange(run[0], run[-1] + 1)
+        for k in within[row.media[within]]:
+            a, b = int(row.start[k]), int(row.end[k])
+            if a >= at and b <= end:
+                pieces.append(text[at:a])
+                at = b
+    return ("".join(pieces) + text[at:end]).replace(BREAK, "")
+
+
+def excerpt(text: str, end: int, width: int = 160) -> str:
+    """At most `width` characters of a text, up to `end`."""
     piece = text[max(0, end - width) : end]
     return piece if end <= width else "..." + piece

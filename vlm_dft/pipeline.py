@@ -21,14 +21,22 @@ from vlm_dft.config import TrainConfig
 from vlm_dft.diagnostics import gauge
 from vlm_dft.errors import ConfigError, RowError
 from vlm_dft.explain import mask_report
+from vlm_dft.fitting import fit
 from vlm_dft.generation import generate
 from vlm_dft.metrics import summarise
 from vlm_dft.models import attach_loss, load_model, load_processor
 from vlm_dft.preflight import Plan
-from vlm_dft.recipes import Accounting, image_size, load_recipe
+from vlm_dft.recipes import Accounting, load_recipe
 from vlm_dft.reporting import report_table, write_report
 from vlm_dft.runs import write_json, write_provenance, write_text
-from vlm_dft.training import device_kind, leave_engines, read_metrics, repeated_rows, train_objective
+from vlm_dft.training import (
+    device_kind,
+    leave_engines,
+    make_collator,
+    read_metrics,
+    repeated_rows,
+    train_objective,
+)
 
 Echo = Callable[[Any], None]
 GAUGE_EXAMPLES = 256  # spread evenly over the training set: the standard error of mean p is then about 0.005
@@ -48,7 +56,7 @@ def run(plan: Plan, *, echo: Echo) -> dict[str, Any]:
     echo(f"[1/4] data: {config.recipe}, {plan.recipe['description'].strip()}")
     processor = load_processor(config.model, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
     examples, account = load_recipe(plan.recipe, config.data, limit=config.limit)
-    examples = keep_fitting(examples, account, ChatCollator(processor), config.max_length)
+    examples = keep_fitting(examples, account, make_collator(processor, config))
     echo(f"      {_account_line(account)}")
     prior: dict[str, Any] = {}
     account.fingerprint = fingerprint(examples)
@@ -102,25 +110,25 @@ def _check_same_data(output: Path, account: Accounting) -> None:
             )
 
 
-def keep_fitting(
-    examples: Sequence[Example], account: Accounting, collator: ChatCollator, max_length: int
-) -> list[Example]:
-    """Measure every example, keep those within max_length tokens, and account for tokens and for what was dropped."""
-    kept = []
+def keep_fitting(examples: Sequence[Example], account: Accounting, collator: ChatCollator) -> list[Example]:
+    """Measure every example, fit those over max_length by the collator's `too_long`, and account for all that was done."""
+    kept, limit = [], collator.max_length or 0
     for example in _bar(examples, "measuring"):
-        where = f"{example.source} row {example.id}"
-        sizes = [image_size(image, where=where) for image in example.images]
-        measured = collator.measure(example, sizes)
-        if measured.tokens > max_length:
-            account.drop(f"over max_length = {max_length} tokens", example.id)
-            continue
+        measured, fitted = collator.measure(example), example
+        if limit and measured.tokens > limit:
+            found, effect = fit(collator, example, f"{example.source} row {example.id}")
+            if found is None:
+                account.drop(effect.removeprefix("dropped: "), example.id)
+                continue
+            account.changed.setdefault(effect, []).append(example.id)
+            measured, fitted = collator.measure(found), found
+        cut = max(0, measured.tokens - limit) if limit else 0
         account.used += 1
-        account.tokens.update(all=measured.tokens, media=measured.media, response=measured.targets)
-        kept.append(example)
+        account.notes.update(measured.notes)
+        account.tokens.update(all=measured.tokens - cut, media=measured.media, response=measured.targets - cut)
+        kept.append(fitted)
     if not kept:
-        raise RowError(
-            f"All {account.read} rows of {account.source} are over max_length = {max_length} tokens. Raise it."
-        )
+        raise RowError(f"All {account.read} rows of {account.source} are over max_length = {limit} tokens. Raise it.")
     return kept
 
 
@@ -131,11 +139,9 @@ def evaluate(
     """Evaluate one model: predictions.jsonl, scores.jsonl and results.json in `output`. Returns {split: metrics}."""
     splits = load_benchmark(benchmark, data, limit=limit)
     output.mkdir(parents=True, exist_ok=True)
-    loaded, processor = (
-        load_for_answers(model),
-        load_processor(model, min_pixels=min_pixels, max_pixels=max_pixels),
-    )
-    result = _predict_and_score(loaded, processor, model, splits, output, batch_size)
+    loaded = load_for_answers(model)
+    collator = ChatCollator(load_processor(model, min_pixels=min_pixels, max_pixels=max_pixels))
+    result = _predict_and_score(loaded, collator, model, splits, output, batch_size)
     write_json(output / "results.json", {"benchmark": benchmark, "model": model, "splits": result})
     echo(report_table({"runs": {Path(model).name: result}}))
     return result
@@ -151,9 +157,8 @@ def _look_before(
     config: TrainConfig, processor: Any, examples: list[Example], output: Path, echo: Echo
 ) -> dict[str, Any]:
     """Spell out the first masks, and gauge the model's prior on the responses before it is trained on them."""
-    collator = ChatCollator(processor)
-    shown = [(f"{e.source} {e.id}", collator.explain(e)) for e in examples[:SHOWN_MASKS]]
-    write_json(output / "mask_report.json", mask_report(shown))
+    collator = make_collator(processor, config, packing=False)
+    write_json(output / "mask_report.json", mask_report([collator.explain(e) for e in examples[:SHOWN_MASKS]]))
     count = min(GAUGE_EXAMPLES, len(examples))
     chosen = [examples[k * len(examples) // count] for k in range(count)]  # evenly over the set
     size = max(config.micro_batch, 8)
@@ -181,12 +186,13 @@ def _evaluate_all(
         splits = load_benchmark(str(config.benchmark), config.data, limit=config.eval_limit)
         echo(f"[4/4] evaluation: {name}, {sum(map(len, splits.values())):,} samples per model")
         processor = load_processor(config.model, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
+        collator = make_collator(processor, config, packing=False)
         models = {"base": config.model, **{o: trained[o]["checkpoint"] for o in trained}}
         for run_name, model in models.items():
             folder = output / "base" if run_name == "base" else plan.folder(run_name)
             folder.mkdir(exist_ok=True)
             loaded = load_for_answers(model)
-            runs[run_name] = _predict_and_score(loaded, processor, model, splits, folder, 32, title=run_name)
+            runs[run_name] = _predict_and_score(loaded, collator, model, splits, folder, 32, title=run_name)
             del loaded
             gc.collect()
     return write_report(
@@ -204,7 +210,7 @@ def _evaluate_all(
 
 def _predict_and_score(
     model: Any,
-    processor: Any,
+    collator: ChatCollator,
     name: str,
     splits: dict[str, list[Sample]],
     folder: Path,
@@ -213,7 +219,7 @@ def _predict_and_score(
 ) -> dict[str, Any]:
     samples = [sample for split in splits.values() for sample in split]
     generate(
-        model, processor, samples, folder / "predictions.jsonl", model_name=name, batch_size=batch_size, title=title
+        model, collator, samples, folder / "predictions.jsonl", model_name=name, batch_size=batch_size, title=title
     )
     return summarise(score_predictions(samples, folder / "predictions.jsonl", folder / "scores.jsonl"))
 
@@ -229,10 +235,13 @@ def _show(report: dict[str, Any], output: Path, echo: Echo) -> None:
 def _account_line(account: Accounting) -> str:
     tokens = account.tokens
     dropped = "; ".join(f"{len(ids)} dropped, {reason}" for reason, ids in account.dropped.items()) or "none dropped"
-    return (
+    said = [f"{len(ids):,} rows: {effect}" for effect, ids in account.changed.items()]
+    said += [f"{count:,} rows: {note}" for note, count in account.notes.items()]
+    line = (
         f"{account.read:,} rows read, {account.used:,} used, {dropped}; {tokens['all']:,} tokens, {tokens['media']:,} of "
         f"images, {tokens['response']:,} of responses"
     )
+    return "\n      ".join([line, *said])
 
 
 def _bar(items: Sequence[Example], title: str) -> Iterable[Example]:

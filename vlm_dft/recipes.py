@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from vlm_dft.cards import read_card
-from vlm_dft.chat import IMAGE_MARKER, Example, as_example, count_markers, open_image
+from vlm_dft.chat import MARKERS, Example, as_example, count_markers, unroll
 from vlm_dft.errors import CardError, RowError
 from vlm_dft.prompts import prompt_text
-from vlm_dft.rows import fill, locate_images, read_rows, source_root
+from vlm_dft.rows import fill, locate, locate_images, read_rows, source_root
 
 REQUIRED = ("description", "licence", "source")
 OPTIONAL = (
     "paper", "rows", "image", "images", "image_root", "prompt", "response", "system", "unit", "options", "messages",
-    "training", "benchmark", "notes",
+    "videos", "unroll", "training", "benchmark", "notes",
 )  # fmt: skip
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "bot": "assistant", "assistant": "assistant",
          "system": "system", "tool": "tool", "observation": "tool"}  # fmt: skip
 MESSAGE_COLUMNS = ("messages", "conversations", "conversation")
-IMAGE_COLUMNS = ("images", "image")
+IMAGE_COLUMNS, VIDEO_COLUMNS = ("images", "image"), ("videos", "video")
 
 
 @dataclass(slots=True)
@@ -33,6 +34,8 @@ class Accounting:
     read: int = 0
     used: int = 0
     dropped: dict[str, list[str]] = field(default_factory=dict)  # reason -> ids
+    changed: dict[str, list[str]] = field(default_factory=dict)  # what was done to rows that are used -> ids
+    notes: Counter[str] = field(default_factory=Counter)  # what is to be said of the rows used -> rows
     tokens: Counter[str] = field(default_factory=Counter)  # all, media, response: of the rows used
     repeated: int = 0  # rows trained twice an epoch, to fill the last batch of several processes
     fingerprint: str = ""  # of the rows used, in order
@@ -43,12 +46,17 @@ class Accounting:
 
     def as_dict(self) -> dict[str, Any]:
         """As written to accounting.json; read = used + dropped always holds."""
-        counts = {reason: {"rows": len(ids), "ids": ids} for reason, ids in self.dropped.items()}
+        dropped, changed = (
+            {reason: {"rows": len(ids), "ids": ids} for reason, ids in found.items()}
+            for found in (self.dropped, self.changed)
+        )
         return {
             "source": self.source,
             "read": self.read,
             "used": self.used,
-            "dropped": counts,
+            "dropped": dropped,
+            "changed": changed,
+            "notes": dict(self.notes),
             "tokens": dict(self.tokens),
             "repeated": self.repeated,
             "fingerprint": self.fingerprint,
@@ -102,92 +110,82 @@ def load_recipe(
     for k, row in enumerate(read_rows(card["source"], root, where=f"Recipe {card['name']!r}")):
         if limit is not None and k >= limit:
             break
-        account.read += 1
-        examples.append(_example(card, row, root))
+        found = example_of(card, row, root)
+        made = unroll(found) if card.get("unroll") else [found]
+        account.read += len(made)
+        examples += made
     if not examples:
         raise RowError(f"Recipe {card['name']!r} has no rows.")
     return examples, account
 
 
-def image_size(image: Any, *, where: str) -> tuple[int, int]:
-    """(height, width) of an image source, from its header where it is a file. Raises ImageError."""
-    if isinstance(image, (str, Path)):
-        from PIL import Image, UnidentifiedImageError
-
-        try:
-            with Image.open(image) as header:
-                turned = header.getexif().get(0x0112, 1) >= 5  # EXIF orientations 5 to 8 swap the sides
-                return (header.width, header.height) if turned else (header.height, header.width)
-        except (OSError, UnidentifiedImageError):
-            pass  # open_image says what is wrong with it
-    opened = open_image(image, where=where)
-    return opened.height, opened.width
-
-
-def _example(card: Mapping[str, Any], row: Mapping[str, Any], root: Path | None) -> Example:
+def example_of(card: Mapping[str, Any], row: Mapping[str, Any], root: Path | None) -> Example:
+    """The Example of a raw row, its media located. Raises RowError naming the row."""
     where = f"{card['name']} row {row['id']}"
     folder = root / card["image_root"] if root is not None and card.get("image_root") else root
     if "messages" in card:
-        messages, images = _conversation(card, row, where)
-        images = locate_images({"images": "images"}, {"images": images}, folder, where=where)
+        fields = _conversation(card, row, where)
     else:
-        images = locate_images(card, row, folder, where=where)
         answer = fill(card["response"], row, where=where).strip()
         if not answer:
             raise RowError(f"{where}: the response is empty.")
-        messages = [
-            {"role": "user", "content": prompt_text(card, row, where=where)},
-            {"role": "assistant", "content": answer},
-        ]
+        asked = {"role": "user", "content": prompt_text(card, row, where=where)}
+        messages = [asked, {"role": "assistant", "content": answer}]
+        fields = {"messages": messages, "images": locate_images(card, row, folder, where=where, remote=True)}
     if card.get("system"):
-        messages = [{"role": "system", "content": card["system"]}, *messages]
-    checked = as_example({"messages": messages, "images": images, "id": where}, where=where)
-    return Example(checked.messages, checked.images, id=str(row["id"]), source=str(card["name"]))
+        fields["messages"] = [{"role": "system", "content": card["system"]}, *fields["messages"]]
+    found = as_example({**fields, "id": where}, where=where)
+    return replace(
+        found, id=str(row["id"]), source=str(card["name"]),
+        images=locate(found.images, folder, where=where, remote=True),
+        videos=locate(found.videos, folder, where=where, kind="video"),
+    )  # fmt: skip
 
 
-def _conversation(
-    card: Mapping[str, Any], row: Mapping[str, Any], where: str
-) -> tuple[list[dict[str, Any]], list[Any]]:
-    """Messages in our form, from role/content or from/value turns, and the images they or the row's column name."""
+def _conversation(card: Mapping[str, Any], row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Messages, images, videos and tools of a row of role/content or from/value turns, for as_example to check."""
     column = card["messages"] or next((c for c in MESSAGE_COLUMNS if c in row), None)
     if column is None or not isinstance(row.get(column), Sequence):
         raise RowError(
             f"{where}: no conversation. Expected one of the columns {', '.join(MESSAGE_COLUMNS)}, found {', '.join(row)}."
         )
-    image_column = card.get("images") or next((c for c in IMAGE_COLUMNS if row.get(c)), None)
-    named = row.get(image_column) if image_column else None
-    images = list(named) if isinstance(named, (list, tuple)) else [named] if named else []
-    if row.get("tools"):
-        raise RowError(
-            f"{where}: the row declares tools, which are not rendered yet. Take them out, or write them as text."
-        )
     messages = [{"role": "system", "content": row["system"]}] if row.get("system") else []
     messages += [_turn(turn, f"{where}, turn {k}") for k, turn in enumerate(row[column])]
-    for message in messages:
-        if not isinstance(message["content"], str):
-            images += [part["image"] for part in message["content"] if part["type"] == "image" and "image" in part]
-            parts = [{"type": "image"} if part["type"] == "image" else part for part in message["content"]]
-            message["content"] = parts
-    if not images and count_markers(messages):
-        raise RowError(
-            f"{where}: {count_markers(messages)} {IMAGE_MARKER} markers but no images. Expected them in the column "
-            f"{image_column or ' or '.join(IMAGE_COLUMNS)!r}; the row has {', '.join(row)}."
-        )
-    return messages, images
+    fields: dict[str, Any] = {"messages": messages, "tools": _tools(row.get("tools"), where)}
+    for kind, columns in (("image", IMAGE_COLUMNS), ("video", VIDEO_COLUMNS)):
+        own = card.get(f"{kind}s") or next((c for c in columns if row.get(c)), None)
+        named = row.get(own) if own else None
+        fields[f"{kind}s"] = list(named) if isinstance(named, (list, tuple)) else [named] if named else []
+        inline = any(part.get("type") in (kind, f"{kind}_url") for m in messages if isinstance(m["content"], list)
+                     for part in m["content"] if isinstance(part, Mapping))  # fmt: skip
+        if not fields[f"{kind}s"] and not inline and count_markers(messages, kind):
+            raise RowError(
+                f"{where}: {count_markers(messages, kind)} {MARKERS[kind]} markers but no {kind}s. Expected them in the column "
+                f"{own or ' or '.join(columns)!r}; the row has {', '.join(row)}."
+            )
+    return fields
 
 
 def _turn(turn: Any, where: str) -> dict[str, Any]:
-    """One turn in our form: role, content and its `train` flag; any other key is refused, not lost."""
+    """One turn in our form: from / value become role and content; the other keys are for as_example to check."""
     role = turn.get("role", turn.get("from")) if isinstance(turn, Mapping) else None
     if role not in ROLES:
         raise RowError(f"{where}: unknown role {role!r}. Known: {', '.join(ROLES)}.")
-    other = sorted(set(turn) - {"role", "from", "content", "value", "train", "id"})
-    if other:
-        raise RowError(f"{where}: unknown key {other[0]!r}. Expected role and content (or from and value), and train.")
     content = turn.get("content", turn.get("value"))
-    if not isinstance(content, str) and not (
-        isinstance(content, (list, tuple)) and all(isinstance(part, Mapping) and "type" in part for part in content)
-    ):
-        raise RowError(f"{where}: content must be a string or a list of parts with a type, found {content!r}.")
-    train = {"train": bool(turn["train"])} if "train" in turn else {}
-    return {"role": ROLES[role], "content": content, **train}
+    if content is None and not turn.get("tool_calls"):
+        raise RowError(f"{where}: content must be a string or a list of parts with a type, found None.")
+    kept = {key: value for key, value in turn.items() if key not in ("from", "value", "id")}
+    return {**kept, "role": ROLES[role], "content": "" if content is None else content}
+
+
+def _tools(tools: Any, where: str) -> list[Any]:
+    """Tool schemas, as a list or as its JSON text."""
+    try:
+        found = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools or []
+    except json.JSONDecodeError as error:
+        raise RowError(
+            f"{where}: tools must be a list of schemas or its JSON, found {tools[:80]!r} ({error})."
+        ) from error
+    if not isinstance(found, (list, tuple)):
+        raise RowError(f"{where}: tools must be a list of schemas, found {type(found).__name__}.")
+    return list(found)

@@ -9,8 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from vlm_dft.chat import Sample, open_image, text_of
+from vlm_dft.chat import Sample, text_of
 from vlm_dft.errors import ImageError
+from vlm_dft.media import open_image
 from vlm_dft.report_charts import bars, curves_figure, gauge_figure
 from vlm_dft.report_style import SCRIPT, STYLE
 from vlm_dft.reporting import BASE, find_comparison, percent, table_rows

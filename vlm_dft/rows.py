@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import string
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from vlm_dft.cards import check_keys, nearest
 from vlm_dft.errors import CardError, RowError
@@ -73,9 +74,12 @@ def fill(template: str, row: Mapping[str, Any], *, where: str) -> str:
     return str(template).format_map(values)
 
 
-def locate_images(card: Mapping[str, Any], row: Mapping[str, Any], root: Path | None, *, where: str) -> list[Any]:
+def locate_images(
+    card: Mapping[str, Any], row: Mapping[str, Any], root: Path | None, *, where: str, remote: bool = False
+) -> list[Any]:
     """The image sources of a row, by the card's `image` (a path template) or `images` (a column). Paths are checked.
 
+    remote: leave http(s) URLs as they are, for a collator that may have leave to fetch them.
     Raises RowError naming the row and the path when a file is missing or lies outside the data folder.
     """
     if "image" in card:
@@ -84,21 +88,40 @@ def locate_images(card: Mapping[str, Any], row: Mapping[str, Any], root: Path | 
         return []
     else:
         found = row[card["images"]]
-    return [_local(image, root, where=where) for image in (found if isinstance(found, (list, tuple)) else [found])]
+    return locate(found if isinstance(found, (list, tuple)) else [found], root, where=where, remote=remote)
 
 
-def _local(image: Any, root: Path | None, *, where: str) -> Any:
-    if not isinstance(image, str):
-        return image  # embedded bytes or a decoded image
-    if "://" in image:
-        raise RowError(f"{where}: {image!r} is remote. Download the images and give their folder as --data DIR.")
+def locate(
+    sources: Iterable[Any], root: Path | None, *, where: str, remote: bool = False, kind: str = "image"
+) -> list[Any]:
+    """Media sources whose paths are checked and made absolute; a list of frames stays a list. Raises RowError."""
+    return [
+        locate(source, root, where=where, remote=remote)
+        if isinstance(source, (list, tuple))
+        else _local(source, root, where=where, remote=remote, kind=kind)
+        for source in sources
+    ]
+
+
+def _local(source: Any, root: Path | None, *, where: str, remote: bool, kind: str) -> Any:
+    if isinstance(source, Path) and source.is_absolute():
+        return source  # located before
+    if not isinstance(source, (str, Path)):
+        return source  # embedded bytes or a decoded image
+    name = str(source)
+    if name.startswith("data:") or (remote and name.startswith(("http://", "https://"))):
+        return source
+    if name.startswith("file://"):
+        name = unquote(name.removeprefix("file://"))
+    if "://" in name:
+        raise RowError(f"{where}: {name!r} is remote. Download the {kind}s and give their folder as --data DIR.")
     if root is None:
-        raise RowError(f"{where}: {image!r} is a path. Say where the images are: --data DIR (or DATA=DIR).")
-    path = (root / image).resolve()
+        raise RowError(f"{where}: {name!r} is a path. Say where the {kind}s are: --data DIR (or DATA=DIR).")
+    path = (root / name).resolve()
     if not path.is_relative_to(root.resolve()):
-        raise RowError(f"{where}: {image!r} leaves the data folder {str(root)!r}.")
+        raise RowError(f"{where}: {name!r} leaves the data folder {str(root)!r}.")
     if not path.is_file():
-        raise RowError(f"{where}: no image file at {str(root / image)!r}. Check the data folder (--data / DATA=).")
+        raise RowError(f"{where}: no {kind} file at {str(root / name)!r}. Check the data folder (--data / DATA=).")
     return path
 
 

@@ -20,6 +20,7 @@ from vlm_dft.collators import ChatCollator
 from vlm_dft.config import TrainConfig
 from vlm_dft.errors import ModelError
 from vlm_dft.locate import deepspeed_file
+from vlm_dft.media import MediaAccess
 from vlm_dft.models import (
     add_lora,
     attach_loss,
@@ -30,6 +31,7 @@ from vlm_dft.models import (
     part_table,
 )
 from vlm_dft.runs import last_checkpoint, write_text
+from vlm_dft.segment_attention import check_packing, use_segment_attention
 
 STAGING = ".incomplete"  # a checkpoint is written here and renamed into place when it is whole
 
@@ -153,6 +155,16 @@ class _Metrics(TrainerCallback):
             self.bar.close()
 
 
+class _Packing(TrainerCallback):
+    """Refuses to train on packed rows with a model in which one sample sees another. Raises ModelError."""
+
+    def __init__(self, collator: ChatCollator) -> None:
+        self.collator = collator
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        check_packing(model, self.collator)
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl; a half-written last line (a killed run) is left out."""
     rows: list[dict[str, Any]] = []
@@ -171,6 +183,21 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def device_kind() -> str:
     """'cuda' where a GPU is usable, else 'cpu'."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def make_collator(processor: Any, config: TrainConfig, **changes: Any) -> ChatCollator:
+    """The collator of a run: what is too long is dropped unless the config says otherwise."""
+    words = {"too_long": "drop", **config.collator, **changes}
+    hosts = words.pop("hosts", ())
+    access = MediaAccess(hosts=frozenset([hosts] if isinstance(hosts, str) else hosts))
+    return ChatCollator(processor, max_length=config.max_length, access=access, **words)
+
+
+def _timing(model: Any) -> dict[str, Any]:
+    """What the collator cannot know of a model: Qwen2.5-VL's temporal positions per second of a video."""
+    vision = getattr(model.config, "vision_config", None)
+    found = getattr(vision, "tokens_per_second", None)
+    return {} if found is None else {"tokens_per_second": found}
 
 
 def training_arguments_of(config: TrainConfig, folder: Path, n_examples: int) -> TrainingArguments:
@@ -216,6 +243,9 @@ def prepare_model(config: TrainConfig) -> tuple[Any, str]:
     dtype = torch.bfloat16 if config.precision == "pure_bf16" else torch.float32
     model = load_model(config.model, dtype=dtype, attention=attention)
     attach_loss(model)
+    if config.collator.get("packing") and attention == "sdpa":
+        use_segment_attention(model)
+        reason += ", segment by segment in packed rows"
     trained = set(config.train_parts)
     if config.lora:
         model = add_lora(model, config.lora)
@@ -259,6 +289,7 @@ def train_objective(
     processor = load_processor(config.model, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
     set_seed(config.seed)  # LoRA draws its start
     model, choices = prepare_model(config)
+    collator = make_collator(processor, config, **_timing(model))
     if echo is not None:
         echo(f"      {choices}")
         if last is not None:
@@ -267,10 +298,13 @@ def train_objective(
         model=model,
         args=arguments,
         train_dataset=_Rows(examples),
-        data_collator=ChatCollator(processor, max_length=config.max_length),
+        data_collator=collator,
         processing_class=processor,
         objective=objective,
-        callbacks=[_Metrics(folder / "metrics.jsonl", f"      {objective}", echo is not None)],
+        callbacks=[
+            _Metrics(folder / "metrics.jsonl", f"      {objective}", echo is not None),
+            *([_Packing(collator)] if collator.packing else []),
+        ],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=str(last) if last else None)
