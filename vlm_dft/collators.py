@@ -263,7 +263,7 @@ class ChatCollator:
                 tokens=self.tokenizer.convert_ids_to_tokens, media_ids=self.template.media_ids,
             )  # fmt: skip
         self._prove_media(encoded, rendered)
-        self._prove_prompts(examples, names, encoded, labels)
+        self._prove_prompts(examples, names, marked, encoded, labels)
         return Labelled([e.source for e in examples], list(marked), encoded, torch.from_numpy(labels), all_runs)
 
     def _render(self, example: Example, marked: Marked, name: str) -> Rendered:
@@ -366,7 +366,14 @@ class ChatCollator:
                 "or was it cut?"
             )
 
-    def _prove_prompts(self, examples: Sequence[Example], names: Sequence[str], encoded: Encoded, labels: Ints) -> None:
+    def _prove_prompts(
+        self,
+        examples: Sequence[Example],
+        names: Sequence[str],
+        marked: Sequence[Marked],
+        encoded: Encoded,
+        labels: Ints,
+    ) -> None:
         """For the first samples of each source: the ids before the last answer are the ids of the inference prompt."""
         for k, (example, name) in enumerate(zip(examples, names, strict=True)):
             if self._prompts_proved[example.source] >= PROMPT_PROOFS or not is_trained(example.messages[-1]):
@@ -377,7 +384,10 @@ class ChatCollator:
                 example, messages=asked, images=example.images[: len(media_parts(asked, "image"))],
                 videos=example.videos[: len(media_parts(asked, "video"))],
             )  # fmt: skip
-            prompt = self._left([self._prompt(before, name)]).rows[0].ids
+            asked_for, trained_after = self._prompt(before, name), marked[k].text[: marked[k].turns[-1].start]
+            if asked_for.text.replace(BREAK, "") == trained_after.replace(BREAK, ""):  # then cut where the row was cut
+                asked_for = replace(asked_for, text=trained_after.rstrip(BREAK))
+            prompt = self._left([asked_for]).rows[0].ids
             row, trained = encoded.rows[k].ids, labels[k][encoded.columns[k]] != IGNORE
             if not np.array_equal(row[: len(prompt)], prompt) or not trained[len(prompt)]:
                 raise MaskError(

@@ -21,7 +21,9 @@ from vlm_dft.templates import BREAK, ChatTemplate
 
 FIRST_SENTINEL = 0x100000  # private-use characters of plane 16: no tokenizer or template gives them a meaning
 SENTINELS = re.compile("[\U00100000-\U0010ffef]")
-TAG = re.compile(r"(</?[A-Za-z_]+>|◁/?think▷|\[/?THINK\])")  # templates cut an answer at its thinking tags
+TAG = re.compile(
+    r"(</?(?:think|reason|thought|analysis)\w*>|◁/?think▷|\[/?THINK\])", re.IGNORECASE
+)  # templates cut answers there
 SHAPE_PROOFS = 4  # conversations of a shape that are rendered without sentinels too
 Span = tuple[int, int]
 
@@ -45,7 +47,7 @@ class Marked:
     text: str
     turns: list[Turn]
     notes: list[str] = field(default_factory=list)
-    markup: list[Span] = field(default_factory=list)  # media inside the turns, with the template's tokens around them
+    markup: list[Span] = field(default_factory=list)  # media placeholders, with the template's tokens around them
 
     @property
     def spans(self) -> list[Span]:
@@ -125,7 +127,7 @@ def mark_responses(example: Example, template: ChatTemplate, *, where: str) -> M
         template.proven[shape] += 1
     if turns[-1].end == len(plain) and not template.end and plain.endswith(template.tokenizer.eos_token or "\0"):
         notes.append("end of sequence added after the last answer: the chat template writes no end of turn")
-    markup = [span for turn in turns for span in template.markup(plain, turn.start, turn.end)]
+    markup = template.markup(plain, 0, len(plain)) if example.images or example.videos else []
     return Marked(plain, turns, notes, markup)
 
 
@@ -218,9 +220,11 @@ def _with_sentinels(messages: Sequence[Message], where: str) -> tuple[list[Messa
 
     def wrap(text: str, k: int, name: str) -> str:
         pieces = TAG.split(text)
+        if not any(piece.strip() for piece in pieces[::2]):
+            pieces = [text]  # nothing but tags
         for place, piece in enumerate(pieces):
             core = piece.strip()  # templates strip what they are given, and would strip around a sentinel
-            if core and not TAG.fullmatch(piece):
+            if core and place % 2 == 0:  # the odd ones are the tags
                 first = FIRST_SENTINEL + 2 * len(owners)
                 if first + 1 > 0x10FFEF:
                     raise MaskError("A conversation has more than 32,000 pieces of answers. Split it.")
@@ -294,27 +298,31 @@ def _extent(
     """The turn that the pieces belong to, from the generation prompt's end to its end token; and the text, to which an
     end of sequence is added if it is the last and the template ends it with nothing."""
     first, last = min(start for start, _ in pieces), max(end for _, end in pieces)
-    start, method = first, "sentinels"
+    said, calls = text_of(message["content"]), bool(message.get("tool_calls"))
+    lead, trail = said[: len(said) - len(said.lstrip())], said[len(said.rstrip()) :]  # the sentinels stood inside them
+    start, method = first - (len(lead) if plain.endswith(lead, 0, first) else 0), "sentinels"
     for header in template.headers:
         at = plain.rfind(header, after, first) + len(header) if header else first - _blanks_before(plain, first)
-        if at - len(header) >= after and template.is_glue(plain[at:first]):
+        if at - len(header) >= after and (template.is_glue(plain[at:first]) or (calls and not said.strip())):
             if header == template.headers[0] or plain[at:first].strip():
                 start, method = at, "generation prompt"
             break  # the blanks after what is only the beginning of the generation prompt are not the model's to write
+    last += len(trail) if plain.startswith(trail, last) else 0
+    media = template.markup(plain, last, len(plain))
+    if media and is_last and not plain[last : media[0][0]].strip():
+        last = media[-1][1]  # an answer that ends with a picture
     follows = plain[last:]
-    if media := template.markup(plain, last, last + len(follows)):  # an answer that ends with a picture
-        after_media = media[-1][1] if not follows[: media[0][0] - last].strip() and is_last else last
-        last, follows = after_media, plain[after_media:]
-    blank = len(follows) - len(follows.lstrip())
-    if template.end and message.get("tool_calls"):  # their arguments stand between the last sentinel and the end
-        at = follows.find(template.end)
-        token, end = (template.end, last + at) if at >= 0 else (None, last)
-    elif template.end and follows.startswith(template.end, blank):
-        token, end = template.end, last + blank
+    at = follows.find(template.end) if template.end else -1
+    token: str | None
+    if at >= 0 and (calls or template.is_glue(follows[:at])):  # a call's arguments have no sentinels
+        token, end = template.end, last + at
     else:
         token, end = template.special_at(follows), last  # GLM's turn ends with the next role's token
     if token is None and is_last:
-        if follows.strip():
+        tail = follows.strip()
+        if tail and said.rstrip().endswith(tail):  # an answer that ends with a thinking tag
+            last, tail = last + len(follows.rstrip()), ""
+        if tail:
             raise MaskError(
                 f"{where}: no end-of-turn token follows the answer, so the model would never learn to stop. Expected a "
                 f"special token, found {follows[:20]!r} after {excerpt(plain, last)!r}."

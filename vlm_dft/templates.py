@@ -18,7 +18,9 @@ BREAK = (
     "\U0010fff0"  # a private-use character that breaks a literal control token in two; its tokens are taken out again
 )
 TOKEN_NAME = re.compile(r"^(?!num_|n_).*token(_ids?|s)?$")
-MEDIA_NAME = re.compile(r"image|img|video|vision|audio|boi|eoi|(row|col)_?\d|tile|patch|fake_token", re.IGNORECASE)
+MEDIA_NAME = re.compile(
+    r"image|img|video|vision|audio|boi|eoi|(row|col)_?\d|tile|slice|patch|fake_token", re.IGNORECASE
+)
 
 
 class ChatTemplate:
