@@ -188,7 +188,7 @@ def test_explaining_a_sample_names_the_reason_of_every_token(collator: ChatColla
             RowError,
             "aspect ratio",
         ),
-        ({"messages": [turn("user", "a"), turn("assistant", "b \U00100000")]}, MaskError, "U\\+100000"),
+        ({"messages": [turn("user", "a"), turn("assistant", "b \U00100000")]}, MaskError, "holds U\\+100000"),
         ({"messages": [{"role": "human", "content": "a"}]}, RowError, "unknown role 'human'"),
         (
             {"messages": [turn("user", None), turn("assistant", "b")], "images": ["nowhere.png"]},

@@ -33,7 +33,8 @@ def align(ids: Ints, text: Row, media: Bools, *, where: str) -> Row:
     a placeholder grew into, and are media, whatever their ids. Raises MaskError if the two do not belong together.
     """
     row = _grown(ids, text) or _walked(ids, text, media, where)
-    return replace(row, media=row.media | media[row.ids])
+    np.logical_or(row.media, media[ids], out=row.media)
+    return row
 
 
 def _grown(ids: Ints, text: Row) -> Row | None:
@@ -41,12 +42,12 @@ def _grown(ids: Ints, text: Row) -> Row | None:
     bounds = [-1, *np.flatnonzero(text.media).tolist(), len(text.ids)]
     pieces = [text.ids[a + 1 : b] for a, b in pairwise(bounds)]  # of the text between placeholders
     if len(pieces) == 1:
-        return replace(text, ids=ids) if np.array_equal(ids, text.ids) else None
+        return Row(ids, text.start, text.end, text.media.copy()) if _same(ids, text.ids) else None
     starts, last, at = [0], len(ids) - len(pieces[-1]), len(pieces[0])
     for piece in pieces[1:-1]:
         found = [] if len(piece) == 0 else [
             c for c in (np.flatnonzero(ids[at + 1 : last] == piece[0]) + at + 1).tolist()
-            if np.array_equal(ids[c : c + len(piece)], piece)
+            if _same(ids[c : c + len(piece)], piece)
         ]  # fmt: skip
         if not found or (len(found) > 1 and len(pieces) == 3):
             return None
@@ -58,10 +59,14 @@ def _grown(ids: Ints, text: Row) -> Row | None:
     repeats = np.ones(len(text.ids), np.int64)
     for k in range(1, len(pieces)):
         repeats[bounds[k]] = starts[k] - starts[k - 1] - len(pieces[k - 1])
-    same = all(np.array_equal(ids[s : s + len(p)], p) for s, p in zip(starts, pieces, strict=True))
+    same = all(_same(ids[s : s + len(p)], p) for s, p in zip(starts, pieces, strict=True))
     if not same or repeats.min() < 1 or repeats.sum() != len(ids):
         return None
     return Row(ids, text.start.repeat(repeats), text.end.repeat(repeats), text.media.repeat(repeats))
+
+
+def _same(one: Ints, other: Ints) -> bool:
+    return len(one) == len(other) and bool((one == other).all())
 
 
 def _from_behind(ids: Ints, pieces: list[Ints], last: int) -> list[int]:
@@ -69,7 +74,7 @@ def _from_behind(ids: Ints, pieces: list[Ints], last: int) -> list[int]:
     starts, stop = [last], last
     for piece in reversed(pieces[1:-1]):
         found = np.flatnonzero(ids[: stop - len(piece)] == piece[0]).tolist()
-        at = next((c for c in reversed(found) if np.array_equal(ids[c : c + len(piece)], piece)), 0)
+        at = next((c for c in reversed(found) if _same(ids[c : c + len(piece)], piece)), 0)
         starts.append(at)
         stop = at
     return [0, *reversed(starts)]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 from vlm_dft.cards import nearest
@@ -33,11 +35,13 @@ VIDEO_SETTINGS = (
     *IMAGE_SETTINGS, "total_pixels", "fps", "nframes", "min_frames", "max_frames", "video_start", "video_end",
     "sample_fps", "raw_fps",
 )  # fmt: skip
+SIZE_SETTINGS = (*IMAGE_SETTINGS, "total_pixels")
 SETTINGS = {"image": IMAGE_SETTINGS, "video": VIDEO_SETTINGS}
 SOURCES = {
     "image": ("image", "image_url", "url", "path", "base64", "value"),
     "video": ("video", "url", "path", "value"),
 }
+ROW_KEYS = ("messages", "images", "videos", "tools", "prompt", "completion", "id", "source")
 MARKERS = {"image": "<image>", "video": "<video>"}
 IMAGE_MARKER = MARKERS["image"]
 REASONING_NAMES = ("reasoning", "thinking")  # other names of reasoning_content
@@ -105,7 +109,7 @@ def _check_message(message: Any, where: str) -> Message:
     for key in known:
         if key not in MESSAGE_KEYS:
             raise RowError(
-                f"{where}: unknown key {key!r}.{nearest(key, MESSAGE_KEYS)} Known: {', '.join(MESSAGE_KEYS)}."
+                f"{where}: unknown key {key!r}.{nearest(str(key), MESSAGE_KEYS)} Known: {', '.join(MESSAGE_KEYS)}."
             )
     role, content = known.get("role"), known.get("content", "" if known.get("tool_calls") else None)
     if role not in ROLES:
@@ -113,6 +117,7 @@ def _check_message(message: Any, where: str) -> Message:
     if not isinstance(content, str):
         content = [_check_part(part, where) for part in _parts(content, where)]
     _check_ours(known, where)
+    _check_calls(known, where)
     return {**known, "content": content}
 
 
@@ -126,10 +131,26 @@ def _check_ours(message: Mapping[str, Any], where: str) -> None:
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
         raise RowError(f"{where}: weight must be a finite number above 0, found {weight!r}. For none: 'train': False.")
     objective = message.get("objective")
-    if objective is not None and objective not in OBJECTIVES:
+    if objective is not None and not (isinstance(objective, str) and objective in OBJECTIVES):
         raise RowError(
             f"{where}: unknown objective {objective!r}.{nearest(str(objective), OBJECTIVES)} Known: {', '.join(OBJECTIVES)}."
         )
+
+
+def _check_calls(message: Mapping[str, Any], where: str) -> None:
+    if not isinstance(message.get("reasoning_content", ""), str):
+        raise RowError(f"{where}: reasoning_content must be a string, found {brief(message['reasoning_content'])}.")
+    calls = message.get("tool_calls", [])
+    if not isinstance(calls, (list, tuple)) or not all(map(_is_call, calls)):
+        raise RowError(
+            f"{where}: tool_calls must be a list of {{'function': {{'name': ..., 'arguments': ...}}}} (or of name and "
+            f"arguments alone), found {brief(calls)}."
+        )
+
+
+def _is_call(call: Any) -> bool:
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    return isinstance(function, Mapping) and isinstance(function.get("name"), str) and bool(function["name"].strip())
 
 
 def _parts(content: Any, where: str) -> Sequence[Any]:
@@ -141,7 +162,7 @@ def _parts(content: Any, where: str) -> Sequence[Any]:
 def _check_part(part: Any, where: str) -> dict[str, Any]:
     """A part in our form: its kind, its source under the kind's own name, its settings."""
     known = {key: value for key, value in part.items() if value is not None} if isinstance(part, Mapping) else {}
-    kind = {"image_url": "image"}.get(str(known.get("type")), known.get("type"))
+    kind = {"image_url": "image"}.get(str(known.get("type")), str(known.get("type")))
     if kind == "text" and isinstance(words := known.get("text", known.get("value")), str):
         return {"type": "text", "text": words}
     if kind not in SETTINGS:
@@ -156,15 +177,28 @@ def _check_part(part: Any, where: str) -> dict[str, Any]:
             f"{where}: expected a part of type {kind!r} with one source at most ({', '.join(SOURCES[kind])}) and the settings "
             f"{', '.join(SETTINGS[kind])}, found {(unknown or sources)[0]!r} in {brief(part)}."
         )
-    checked = {"type": kind, **{key: known[key] for key in SETTINGS[kind] if key in known}}
-    for key, value in checked.items():
-        if key != "type" and (isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0):
-            raise RowError(f"{where}: {key} must be a number, found {value!r}.")
+    checked: dict[str, Any] = {"type": kind}
+    for key in SETTINGS[kind]:
+        value = known.get(key)
+        if value is None:
+            continue
+        number = math.nan if isinstance(value, (bool, str)) else _number(value)
+        if not 0 <= number < math.inf or (number == 0 and key != "video_start"):
+            raise RowError(f"{where}: {key} must be a finite number above 0, found {value!r}.")
+        checked[key] = int(number) if number == int(number) else number
     if sources:
         source = known[sources[0]]
         source = source.get("url") if sources[0] == "image_url" and isinstance(source, Mapping) else source
         checked[kind] = f"data:;base64,{source}" if sources[0] == "base64" else source
     return checked
+
+
+def _number(value: Any) -> float:
+    """A number of any library as a float; nan for what is none."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
 
 
 def place_media(messages: list[Message], images: int, videos: int = 0, *, where: str) -> list[Message]:
@@ -225,32 +259,52 @@ def as_example(row: Example | Mapping[str, Any], *, where: str = "example") -> E
     if not isinstance(row, (Example, Mapping)):
         raise RowError(f"{where}: expected an Example or a dict with 'messages', found {brief(row)}.")
     fields = dict(row) if isinstance(row, Mapping) else {s: getattr(row, s) for s in Example.__slots__}
-    name = str(fields.get("id") or where)
+    fields = {key: value for key, value in fields.items() if value is not None}  # as tables give absent columns
+    identity = str(fields.get("id", ""))
+    name = identity or where
     if "messages" not in fields and {"prompt", "completion"} <= set(fields):
         fields["messages"] = _prompt_and_completion(fields["prompt"], fields["completion"], name)
     if "messages" not in fields:
         raise RowError(f"{where}: expected a key 'messages' (or 'prompt' and 'completion'), found {sorted(fields)}.")
-    lost = sorted({"image", "video", "audio", "audios"} & {key for key, value in fields.items() if value is not None})
+    lost = sorted({"image", "video", "audio", "audios"} & set(fields))
     if lost:
         raise RowError(f"{name}: media are given as lists under 'images' and 'videos', found {lost[0]!r}.")
+    for key in fields:
+        if key not in ROW_KEYS and (meant := _misspelt(str(key))):
+            raise RowError(f"{name}: unknown key {key!r}. Did you mean {meant!r}? Rename it, or take it out.")
     messages = check_messages(fields["messages"], where=name)
     media: dict[str, list[Any]] = {}
     for kind in SETTINGS:
-        listed = fields.get(f"{kind}s")
-        if not (listed is None or isinstance(listed, (list, tuple))):
-            raise RowError(f"{name}: media are given as a list under '{kind}s', found {kind}s = {brief(listed)}.")
+        listed = _listed(fields.get(f"{kind}s"), f"{name}: media are given as a list under '{kind}s', found {kind}s =")
         inline = [part[kind] for part in media_parts(messages, kind) if kind in part]
         if inline and listed:
             raise RowError(f"{name}: {kind}s both inside the messages and under '{kind}s'. Give them in one place.")
         if inline and len(inline) < len(media_parts(messages, kind)):
             raise RowError(f"{name}: some {kind} parts name a source and some do not. Give each its own, or none.")
-        media[kind] = inline or list(listed or [])
+        media[kind] = inline or listed
     messages = [_without_sources(message) for message in messages]
     messages = place_media(messages, len(media["image"]), len(media["video"]), where=name)
+    tools = _listed(fields.get("tools"), f"{name}: tools must be a list of JSON schemas, found")
+    if not all(isinstance(tool, Mapping) for tool in tools):
+        raise RowError(f"{name}: tools must be a list of JSON schemas, found {brief(tools)}.")
     return Example(
-        messages, media["image"], id=str(fields.get("id") or ""), source=str(fields.get("source") or ""),
-        videos=media["video"], tools=list(fields.get("tools") or []),
-    )  # fmt: skip
+        messages, media["image"], id=identity, source=str(fields.get("source", "")), videos=media["video"], tools=tools
+    )
+
+
+def _listed(value: Any, found: str) -> list[Any]:
+    """A list, tuple, one-dimensional array or None as a list. Raises RowError beginning with `found`."""
+    if value is None:
+        return []
+    if isinstance(value, (list, tuple)) or getattr(value, "ndim", None) == 1:
+        return list(value)
+    raise RowError(f"{found} {brief(value)}.")
+
+
+@lru_cache(maxsize=1024)
+def _misspelt(key: str) -> str:
+    """The key of a row that another one is meant to be, if it is one letter or so away; other columns are none of ours."""
+    return next(iter(difflib.get_close_matches(key, ROW_KEYS, n=1, cutoff=0.85)), "")
 
 
 def _without_sources(message: Message) -> Message:

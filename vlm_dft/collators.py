@@ -15,25 +15,17 @@ from torch import Tensor
 
 from vlm_dft.alignment import Ints
 from vlm_dft.batches import Encoded, Side, select
-from vlm_dft.chat import Example, Sample, as_example, is_trained, media_parts
+from vlm_dft.chat import SIZE_SETTINGS, Example, Sample, as_example, is_trained, media_parts
 from vlm_dft.errors import MaskError, RowError
 from vlm_dft.explain import Explained, explain_row
 from vlm_dft.fitting import fit
-from vlm_dft.masking import (
-    Marked,
-    StraddleError,
-    Turn,
-    cut_at,
-    mark_responses,
-    mark_suffix,
-    prove,
-    suffix_prompt,
-    token_targets,
-)
+from vlm_dft.marking import Marked, Turn, mark_responses, mark_suffix, suffix_prompt
+from vlm_dft.masking import StraddleError, cover, cut_at, prove, token_targets, turn_settings
+from vlm_dft.measuring import Measured, measure
 from vlm_dft.media import DEFAULT_ACCESS, MediaAccess, image_size, open_image
-from vlm_dft.objectives import IGNORE, OBJECTIVES
+from vlm_dft.objectives import IGNORE
 from vlm_dft.packing import find_mrope, flatten_packs, pack_batch
-from vlm_dft.processing import Processing, Rendered, as_settings, naming
+from vlm_dft.processing import Processing, Rendered, as_settings
 from vlm_dft.qwen_images import QwenImages
 from vlm_dft.templates import BREAK, ChatTemplate
 from vlm_dft.video import open_video, qwen_video
@@ -44,20 +36,10 @@ TOO_LONG = ("raise", "drop", "shorten_answer", "downscale")
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
-    """What an example costs, known without decoding a pixel where the processor can count its media's tokens."""
-
-    tokens: int  # all input tokens, media included
-    media: int  # tokens of its images and videos
-    targets: int  # response tokens, end of turn included
-    before: int  # tokens before the last trained answer
-    notes: tuple[str, ...] = ()  # what is to be said about it
-
-
-@dataclass(frozen=True, slots=True)
 class Labelled:
     """A batch with its labels [B, L], and where each came from."""
 
+    names: list[str]
     sources: list[str]
     marked: list[Marked]
     encoded: Encoded
@@ -129,6 +111,7 @@ class ChatCollator:
             raise ValueError(f"{type(processor).__name__} has no chat template. Set processor.chat_template.")
         self.counts: Counter[tuple[str, str]] = Counter()  # (source, what was done): of this process alone
         self._prompts_proved: Counter[str] = Counter()
+        self._coarse = True  # targets need not know which characters each token came from, only which part of the text
 
     def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
         """Collate a non-empty list of rows; with packing, rows may come as lists, which are packed in that order."""
@@ -138,7 +121,11 @@ class ChatCollator:
         names = [_name(row, k) for k, row in enumerate(flat)]
         examples = [as_example(row, where=name) for row, name in zip(flat, names, strict=True)]
         done = self._collate(examples, names)
-        batch = {**done.encoded.batch, "labels": done.labels, **_per_token(done)}
+        batch = {
+            **done.encoded.batch,
+            "labels": done.labels,
+            **turn_settings(done.marked, done.runs, done.encoded.columns, done.labels),
+        }
         if not self.packing:
             return batch
         return pack_batch(batch, mrope=find_mrope(self.processor), tokens_per_second=self.tokens_per_second)
@@ -164,7 +151,7 @@ class ChatCollator:
         """The text that a row or Sample asks the model, before its media are opened."""
         name = _name(row, 0)
         example = as_example(_fields(row), where=name)
-        messages, tools, _ = self.template.escape(example.messages, example.tools)
+        messages, tools, _ = self.template.escape(example.messages, example.tools, where=name)
         if self.processing.takes_suffix:
             return suffix_prompt(messages, self.template, where=name)
         return self.template.render(messages, tools=tools, prompt=True, where=name)
@@ -175,23 +162,14 @@ class ChatCollator:
         image_sizes: [(height, width)] of its images where they are known; else their headers are read.
         """
         name = _name(row, 0)
-        example = as_example(row, where=name)
-        marked = self.mark(example, name)
-        counted = None
-        if not example.videos and not self.processing.takes_suffix:
-            sizes = image_sizes if image_sizes is not None else self.sizes(example, name)
-            counted = self.count(example, marked, sizes, name)
-        if counted is None:
-            encoded = self.processing([self._render(example, marked, name)])
-            runs = token_targets(encoded.rows[0], marked.spans, marked.text, where=name)
-            media = encoded.batch.get("mm_token_type_ids", torch.from_numpy(encoded.rows[0].media)) > 0
-            counted = Measured(len(encoded.rows[0].ids), int(media.sum()), sum(map(len, runs)), int(runs[-1][0]))
-        return replace(counted, notes=tuple(marked.notes))
+        return measure(self, as_example(row, where=name), name, image_sizes)
 
     def explain(self, row: Any) -> Explained:
         """What the model sees of one example, token by token, with the reason why each is or is not trained."""
         name = _name(row, 0)
-        done = self._collate([as_example(row, where=name)], [name])
+        fine = copy.copy(self)
+        fine._coarse, fine.counts = False, Counter()
+        done = fine._collate([as_example(row, where=name)], [name])
         labels = done.labels[0].numpy()[done.encoded.columns[0]].tolist()
         seen = self.processing.seen_sizes(done.encoded)
         return explain_row(name, done.encoded.rows[0], labels, done.marked[0], self._decode, **seen)
@@ -224,25 +202,29 @@ class ChatCollator:
         return self._cut(done, limit) if any(len(row.ids) > limit for row in done.encoded.rows) else done
 
     def _cut(self, done: Labelled, limit: int) -> Labelled:
-        """The batch with every row's last answer cut to the limit."""
+        """The batch with every row's last answer cut to the limit; no media token is (fit has seen to it)."""
         positions = [np.arange(min(len(row.ids), limit)) for row in done.encoded.rows]
+        lost = [name for name, row in zip(done.names, done.encoded.rows, strict=True) if row.media[limit:].any()]
+        if lost:
+            raise MaskError(
+                f"{lost[0]}: cutting it to max_length = {limit} would cut its media. Drop the row, or downscale."
+            )
         encoded = select(done.encoded, positions, self.processing.layout)
         labels = np.full(encoded.batch["input_ids"].shape, IGNORE, np.int64)
         runs = [[run[run < limit] for run in row] for row in done.runs]
         for k, row in enumerate(encoded.rows):
             for run in runs[k]:
                 labels[k, encoded.columns[k][run]] = row.ids[run]
-        return Labelled(done.sources, done.marked, encoded, torch.from_numpy(labels), runs)
+        return replace(done, encoded=encoded, labels=torch.from_numpy(labels), runs=runs)
 
     def _label(
         self, examples: Sequence[Example], names: Sequence[str], marked: Sequence[Marked] | None = None
     ) -> Labelled:
         marked = marked or [self.mark(example, name) for example, name in zip(examples, names, strict=True)]
-        rendered = [self._render(e, m, n) for e, m, n in zip(examples, marked, names, strict=True)]
+        rendered = [self.rendered(e, m, n) for e, m, n in zip(examples, marked, names, strict=True)]
         encoded = self.processing(rendered)
         for row, one in zip(encoded.rows, marked, strict=True):
-            for start, end in one.markup:
-                row.media[(row.start >= start) & (row.end <= end) & (row.end > row.start)] = True
+            cover(row, one.markup)
         labels = np.full(encoded.batch["input_ids"].shape, IGNORE, np.int64)
         all_runs = []
         for k, (one, name, row) in enumerate(zip(marked, names, encoded.rows, strict=True)):
@@ -264,15 +246,18 @@ class ChatCollator:
             )  # fmt: skip
         self._prove_media(encoded, rendered)
         self._prove_prompts(examples, names, marked, encoded, labels)
-        return Labelled([e.source for e in examples], list(marked), encoded, torch.from_numpy(labels), all_runs)
+        return Labelled(
+            list(names), [e.source for e in examples], list(marked), encoded, torch.from_numpy(labels), all_runs
+        )
 
-    def _render(self, example: Example, marked: Marked, name: str) -> Rendered:
+    def rendered(self, example: Example, marked: Marked, name: str) -> Rendered:
         """The example with its media opened."""
         settings = [as_settings(part) for part in media_parts(example.messages, "image")]
         images = [open_image(i, where=f"{name}, image {k}", access=self.access) for k, i in enumerate(example.images)]
         videos = []
         for k, (video, part) in enumerate(zip(example.videos, media_parts(example.messages, "video"), strict=True)):
             where, keys = f"{name}, video {k}", as_settings(part)
+            self.processing.check_settings([{key: v for key, v in keys.items() if key in SIZE_SETTINGS}], where)
             if self.processing.fast is not None:
                 videos.append(qwen_video(video, where=where, access=self.access, keys=keys,
                                          patch_size=self.processor.image_processor.patch_size))  # fmt: skip
@@ -282,21 +267,23 @@ class ChatCollator:
         if self.processing.takes_suffix:  # which adds the end of sequence itself
             turn = marked.turns[0]
             text, suffix = text[: turn.start], text[turn.start : turn.end].removesuffix(self.tokenizer.eos_token)
-        return Rendered(name, text, images, settings, videos, suffix)
+        plain = self._coarse and BREAK not in text and not any(m > marked.turns[0].start for _, m in marked.markup)
+        cuts = [at for turn in marked.turns for at in (turn.start, turn.end)] if plain else None
+        return Rendered(name, text, images, settings, videos, suffix, cuts)
 
     def _decode(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def _prompt(self, example: Example, name: str) -> Rendered:
         """A conversation that ends before the answer, as the model is asked it at inference."""
-        messages, tools, _ = self.template.escape(example.messages, example.tools)
+        messages, tools, _ = self.template.escape(example.messages, example.tools, where=name)
         if self.processing.takes_suffix:
             text = suffix_prompt(messages, self.template, where=name)
         else:
             text = self.template.render(messages, tools=tools, prompt=True, where=name)
             self.template.check_texts(messages, text, where=name)
         return replace(
-            self._render(example, Marked(text, [Turn(0, len(text), len(text), "prompt")]), name), suffix=None
+            self.rendered(example, Marked(text, [Turn(0, len(text), len(text), "prompt")]), name), suffix=None
         )
 
     @cached_property
@@ -309,26 +296,6 @@ class ChatCollator:
     def sizes(self, example: Example, name: str) -> list[tuple[int, int]]:
         """(height, width) of the example's images, from their headers."""
         return [image_size(i, where=f"{name}, image {k}", access=self.access) for k, i in enumerate(example.images)]
-
-    def count(self, example: Example, marked: Marked, sizes: Sequence[tuple[int, int]], name: str) -> Measured | None:
-        """Measure from the text and image sizes alone; None where the processor cannot count its images' tokens rightly."""
-        if example.images and not self.processing.counts:
-            return None
-        settings = [as_settings(part) for part in media_parts(example.messages, "image")]
-        with naming([name]):
-            media = self.processing.media_tokens(sizes, settings)
-        (row,) = self.processing.text_rows([marked.text], [name])
-        try:
-            runs = token_targets(row, marked.spans, marked.text, where=name)
-        except StraddleError as error:
-            if BREAK in marked.text[max(0, error.at - 1) : error.at + 1]:
-                raise
-            return self.count(example, cut_at(marked, error.at), sizes, name)
-        before = int(runs[-1][0])
-        placed = np.flatnonzero(row.media)
-        grown = sum(n - 1 for n, at in zip(media, placed, strict=True) if at < before)
-        tokens = len(row.ids) - len(media) + sum(media)
-        return Measured(tokens, sum(media), sum(map(len, runs)), before + grown)
 
     def _prove_media(self, encoded: Encoded, rendered: Sequence[Rendered]) -> None:
         """Placeholders equal what the pixels imply, and the keys that carry M-RoPE are there."""
@@ -376,7 +343,11 @@ class ChatCollator:
     ) -> None:
         """For the first samples of each source: the ids before the last answer are the ids of the inference prompt."""
         for k, (example, name) in enumerate(zip(examples, names, strict=True)):
-            if self._prompts_proved[example.source] >= PROMPT_PROOFS or not is_trained(example.messages[-1]):
+            if (
+                self._prompts_proved[example.source] >= PROMPT_PROOFS
+                or not is_trained(example.messages[-1])
+                or not example.messages[1:]
+            ):
                 continue
             self._prompts_proved[example.source] += 1
             asked = example.messages[:-1]
@@ -396,25 +367,6 @@ class ChatCollator:
                 )
 
 
-def _per_token(done: Labelled) -> dict[str, Tensor]:
-    """`loss_weights` and `objective_ids` [B, L] where a turn sets its own."""
-    found: dict[str, Tensor] = {}
-    turns = [turn for one in done.marked for turn in one.turns]
-    names = sorted(OBJECTIVES)
-    if any(turn.weight != 1 for turn in turns):
-        found["loss_weights"] = torch.ones(done.labels.shape)
-    if any(turn.objective for turn in turns):
-        found["objective_ids"] = torch.full_like(done.labels, -1)
-    for k, one in enumerate(done.marked if found else []):
-        for turn, run in zip(one.turns, done.runs[k], strict=True):
-            column = torch.from_numpy(done.encoded.columns[k][run])
-            if "loss_weights" in found:
-                found["loss_weights"][k, column] = turn.weight
-            if turn.objective:
-                found["objective_ids"][k, column] = names.index(turn.objective)
-    return found
-
-
 def _fields(row: Any) -> Any:
     """A row of any kind as as_example takes it; a benchmark's Sample too."""
     if isinstance(row, Sample):
@@ -425,6 +377,6 @@ def _fields(row: Any) -> Any:
 def _name(row: Any, k: int) -> str:
     if isinstance(row, Sample):
         return f"{row.benchmark} {row.split} {row.id}"
-    name = row.get("id") if isinstance(row, Mapping) else getattr(row, "id", "")
-    source = row.get("source") if isinstance(row, Mapping) else getattr(row, "source", "")
+    named = (row.get(key) if isinstance(row, Mapping) else getattr(row, key, None) for key in ("source", "id"))
+    source, name = ("" if value is None else str(value) for value in named)
     return f"{source or 'example'} {name or k}"

@@ -14,7 +14,7 @@ from vlm_dft.objectives import IGNORE
 
 if TYPE_CHECKING:
     from vlm_dft.alignment import Row
-    from vlm_dft.masking import Marked
+    from vlm_dft.marking import Marked
 
 REASONS = ("prompt", "media", "response", "end of turn", "template after the answer", "padding")
 LONGEST_CHARACTER = 4  # tokens, one a byte

@@ -6,21 +6,22 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from vlm_dft.chat import IMAGE_SETTINGS, Example, Message, is_trained
+from vlm_dft.chat import IMAGE_SETTINGS, Example, Message, is_trained, media_parts
 from vlm_dft.errors import MaskError
+from vlm_dft.measuring import Measured, count, measure, processed
 from vlm_dft.media import open_image
+from vlm_dft.processing import as_settings, naming
 
 if TYPE_CHECKING:
-    from vlm_dft.collators import ChatCollator, Measured
+    from vlm_dft.collators import ChatCollator
 
 SMALLEST = 1 / 64  # of an image's side, below which downscaling gives up
-STEPS = 24  # of the bisection
+STEPS, STEPS_PROCESSED = 24, 8  # of the bisection, where a step counts and where it has to process the images
 
 
 def fit(collator: ChatCollator, example: Example, name: str) -> tuple[Example | None, str]:
     """(the example to use or None, what was done) by the collator's `too_long`. Raises MaskError where that is "raise"."""
-    measured = collator.measure(example)
-    return POLICIES[collator.too_long](collator, example, name, measured)
+    return POLICIES[collator.too_long](collator, example, name, measure(collator, example, name))
 
 
 def _raise(collator: ChatCollator, example: Example, name: str, measured: Measured) -> tuple[Example | None, str]:
@@ -35,33 +36,52 @@ def _drop(collator: ChatCollator, example: Example, name: str, measured: Measure
 
 
 def _shorten(collator: ChatCollator, example: Example, name: str, measured: Measured) -> tuple[Example | None, str]:
-    limit = collator.max_length
-    if limit is None or measured.before >= limit or not is_trained(example.messages[-1]):
+    limit = collator.max_length or measured.tokens
+    if measured.before >= limit or not is_trained(example.messages[-1]):
         return None, f"dropped: what comes before the last answer is over max_length = {limit} tokens"
+    if measured.media_ends > limit:
+        return None, f"dropped: its media end after max_length = {limit} tokens, and are never cut"
+    if measured.ends <= limit:
+        return example, f"what the template writes after the last answer cut to max_length = {limit} tokens"
     return example, f"answer shortened to max_length = {limit} tokens, its end of turn not trained"
 
 
 def _downscale(collator: ChatCollator, example: Example, name: str, measured: Measured) -> tuple[Example | None, str]:
     limit = collator.max_length or measured.tokens
-    sizes, marked = collator.sizes(example, name), collator.mark(example, name)
+    if not example.images:
+        return None, f"dropped: over max_length = {limit} tokens, without images to make smaller"
+    marked, sizes = collator.mark(example, name), _own_sizes(collator, example, name)
     by_settings = collator.processing.fast is not None  # Qwen-VL takes a size for each image
 
     def at(scale: float) -> list[tuple[int, int]]:
         return [(max(1, round(h * scale)), max(1, round(w * scale))) for h, w in sizes]
 
+    def smaller(scale: float) -> Example:
+        return _with_sizes(example, at(scale)) if by_settings else _resized(collator, example, at(scale), name)
+
     def fits(scale: float) -> bool:
-        smaller, seen = (_with_sizes(example, at(scale)), sizes) if by_settings else (example, at(scale))
-        counted = collator.count(smaller, marked, seen, name)
-        return counted is not None and counted.tokens <= limit
+        seen = (_with_sizes(example, at(scale)), sizes) if by_settings else (example, at(scale))
+        counted = count(collator, seen[0], marked, seen[1], name) or processed(collator, smaller(scale), marked, name)
+        return counted.tokens <= limit
 
     low, high = SMALLEST, 1.0
-    if not sizes or not fits(low):
+    if not fits(low):
         return None, f"dropped: over max_length = {limit} tokens, however small its images"
-    for _ in range(STEPS):
+    for _ in range(STEPS if collator.processing.counts and not example.videos else STEPS_PROCESSED):
         middle = (low + high) / 2
         low, high = (middle, high) if fits(middle) else (low, middle)
-    smaller = _with_sizes(example, at(low)) if by_settings else _resized(collator, example, at(low), name)
-    return smaller, f"images downscaled to max_length = {limit} tokens"
+    return smaller(low), f"images downscaled to max_length = {limit} tokens"
+
+
+def _own_sizes(collator: ChatCollator, example: Example, name: str) -> list[tuple[int, int]]:
+    """(height, width) of the images as the processor would have them, where it says so; else of the pictures."""
+    sizes, rule = collator.sizes(example, name), collator.processing.fast
+    if rule is None:
+        return sizes
+    settings = [as_settings(part) for part in media_parts(example.messages, "image")]
+    with naming([name]):
+        grids = collator.processing.grids(sizes, settings)
+    return [(rows * rule.patch_size, columns * rule.patch_size) for _, rows, columns in grids]
 
 
 def _with_sizes(example: Example, sizes: Sequence[tuple[int, int]]) -> Example:

@@ -123,9 +123,10 @@ def keep_fitting(examples: Sequence[Example], account: Accounting, collator: Cha
             account.changed.setdefault(effect, []).append(example.id)
             measured, fitted = collator.measure(found), found
         cut = max(0, measured.tokens - limit) if limit else 0
+        unlearnt = max(0, measured.ends - limit) if limit else 0
         account.used += 1
         account.notes.update(measured.notes)
-        account.tokens.update(all=measured.tokens - cut, media=measured.media, response=measured.targets - cut)
+        account.tokens.update(all=measured.tokens - cut, media=measured.media, response=measured.targets - unlearnt)
         kept.append(fitted)
     if not kept:
         raise RowError(f"All {account.read} rows of {account.source} are over max_length = {limit} tokens. Raise it.")

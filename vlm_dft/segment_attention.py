@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -145,6 +146,9 @@ def check_packing(model: Any, collator: Any, *, fresh: bool = False) -> dict[str
     if key in _checked and not fresh:
         return _checked[key]
     first, second, other = _samples()
+    if getattr(collator, "max_length", None) is not None:  # a limit on the run's rows, which would drop or cut these
+        collator = copy.copy(collator)
+        collator.max_length = None
     with _undisturbed(model), torch.no_grad(), context:
         packed, swapped = (_packed(collator, [neighbour, second]) for neighbour in (first, other))
         try:

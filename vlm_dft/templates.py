@@ -17,6 +17,7 @@ USER, ANSWER, SYSTEM = "qzu1", "qza2", "qzs3"  # words that no template holds
 BREAK = (
     "\U0010fff0"  # a private-use character that breaks a literal control token in two; its tokens are taken out again
 )
+RESERVED = re.compile("[\ud800-\udfff\U00100000-\U0010ffff]")
 TOKEN_NAME = re.compile(r"^(?!num_|n_).*token(_ids?|s)?$")
 MEDIA_NAME = re.compile(
     r"image|img|video|vision|audio|boi|eoi|(row|col)_?\d|tile|slice|patch|fake_token", re.IGNORECASE
@@ -210,13 +211,23 @@ class ChatTemplate:
         long = sorted((t for t in tokens if len(t) > 1), key=len, reverse=True)  # one character cannot be broken in two
         return re.compile("|".join(map(re.escape, long)) or r"(?!)")
 
-    def escape(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> tuple[list[Message], list[Any], int]:
-        """(messages, tools, count): literal control tokens in their words broken by BREAK, so that they stay text."""
+    def escape(
+        self, messages: Sequence[Message], tools: Sequence[Any] = (), *, where: str
+    ) -> tuple[list[Message], list[Any], int]:
+        """(messages, tools, count): literal control tokens in their words broken by BREAK, so that they stay text.
+
+        Raises MaskError for characters that we need ourselves, or that are none.
+        """
         count = 0
 
         def broken(value: Any) -> Any:
             nonlocal count
             if isinstance(value, str):
+                if reserved := RESERVED.search(value):
+                    raise MaskError(
+                        f"{where}: the text holds U+{ord(reserved.group()):04X}: expected no lone surrogate, and no character "
+                        "from U+100000 on (they mark responses here). Remove it."
+                    )
                 while self.control.search(value):
                     value, found = self.control.subn(lambda m: m.group()[0] + BREAK + m.group()[1:], value)
                     count += found
@@ -229,17 +240,28 @@ class ChatTemplate:
         escaped = [{key: broken(value) if key in said else value for key, value in m.items()} for m in messages]
         return escaped, broken(list(tools)), count
 
-    def markup(self, text: str, start: int, end: int) -> list[tuple[int, int]]:
-        """Characters [a, b) of media placeholders inside [start, end), with the special tokens that stand right beside them."""
-        return [match.span() for match in self._markup.finditer(text, start, end)]
+    def markup(self, text: str, start: int = 0) -> list[tuple[int, int]]:
+        """Characters [a, b) of the media placeholders from `start` on, with the special tokens that stand right beside them."""
+        found: list[tuple[int, int]] = []
+        for match in self._placeholders.finditer(text, start):
+            a, b = match.span()
+            if found and a < found[-1][1]:
+                continue
+            while token := next((t for t in self._beside if text.endswith(t, start, a)), None):
+                a -= len(token)
+            while token := next((t for t in self._beside if text.startswith(t, b)), None):
+                b += len(token)
+            found.append((a, b))
+        return found
 
     @cached_property
-    def _markup(self) -> re.Pattern[str]:
+    def _placeholders(self) -> re.Pattern[str]:
+        return re.compile("|".join(re.escape(t) for kind in SETTINGS if (t := self.placeholder(kind))) or r"(?!)")
+
+    @cached_property
+    def _beside(self) -> list[str]:
         ends = {self.tokenizer.eos_token, *(t for t in self._end_tokens if t in self.end)}
-        beside = [*self.media_tokens, *(t for t in self._end_tokens if t not in ends)]
-        around = "|".join(map(re.escape, sorted(beside, key=len, reverse=True))) or r"(?!)"
-        own = "|".join(re.escape(t) for kind in SETTINGS if (t := self.placeholder(kind))) or r"(?!)"
-        return re.compile(f"(?:{around})*(?:{own})(?:{around})*")
+        return sorted({*self.media_tokens, *(t for t in self._end_tokens if t not in ends)}, key=len, reverse=True)
 
     def check_texts(self, messages: Sequence[Message], rendered: str, *, where: str) -> None:
         """Raise MaskError if the template lost or changed what a user or the system said."""
