@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -115,17 +116,18 @@ def _agree_again(mine: list[int], alone: list[int], i: int, j: int, where: str, 
 
 def without_breaks(row: Row, text: str, *, where: str) -> NDArray[np.int64]:
     """Positions of the tokens that are left when those of BREAK, which kept literal control tokens apart, are taken out."""
-    broken = [k for k, char in enumerate(text) if char == BREAK]
-    gone = np.zeros(len(row.ids), np.bool_)
-    for at in broken:
-        covers = (row.start <= at) & (row.end > at)
-        if np.any(covers & ((row.start < at) | (row.end > at + 1))):
-            raise MaskError(
-                f"{where}: a literal control token in the text cannot be kept apart from the template's: the tokenizer merges "
-                f"a private-use character with its neighbours. Change {text[max(0, at - 1) : at + 16].replace(BREAK, '')!r}."
-            )
-        gone |= covers
-    return np.flatnonzero(~gone)
+    broken = np.array([match.start() for match in re.finditer(BREAK, text)], np.int64)
+    covered = np.searchsorted(broken, row.end, "left") - np.searchsorted(
+        broken, row.start, "left"
+    )  # BREAKs in each token
+    merged = np.flatnonzero((covered > 0) & (row.end - row.start > 1))
+    if len(merged):
+        at = int(row.start[merged[0]])
+        raise MaskError(
+            f"{where}: a literal control token in the text cannot be kept apart from the template's: the tokenizer merges a "
+            f"private-use character with its neighbours. Change {text[at : at + 16].replace(BREAK, '')!r}."
+        )
+    return np.flatnonzero(covered == 0)
 
 
 def take(row: Row, kept: NDArray[np.int64]) -> Row:

@@ -73,6 +73,9 @@ def mark_responses(example: Example, template: ChatTemplate, *, where: str) -> M
     messages, tools, escaped = template.escape(example.messages, example.tools, where=where)
     _check_answers(messages, where)
     marked, owners = _with_sentinels(messages)
+    indices: dict[int, list[int]] = {}
+    for index, owner in enumerate(owners):
+        indices.setdefault(owner.message, []).append(index)
     said = template.render(marked, tools=tools, where=where)
     plain = SENTINELS.sub("", said)
     found = _spans(said, owners, where)
@@ -91,7 +94,7 @@ def mark_responses(example: Example, template: ChatTemplate, *, where: str) -> M
             if not plain.startswith(prompt):
                 history = template.render(marked[:last], tools=tools, prompt=True, where=where)
                 before = _spans(history, owners, where)
-                mine = {index: found[index] for index in _indices(owners, last) if index in found}
+                mine = {index: found[index] for index in indices[last] if index in found}
                 plain, moved = _after_prompt(prompt, messages, mine, plain, template, where)
                 found, proven = {**before, **moved}, True  # every conversation of this shape is made so
                 notes.append(
@@ -102,8 +105,8 @@ def mark_responses(example: Example, template: ChatTemplate, *, where: str) -> M
     for k, message in enumerate(messages):
         if not is_trained(message):
             continue
-        mine = {index: found[index] for index in _indices(owners, k) if index in found}
-        lost = [owners[index].name for index in _indices(owners, k) if index not in found]
+        mine = {index: found[index] for index in indices[k] if index in found}
+        lost = [owners[index].name for index in indices[k] if index not in found]
         if "content" in lost or "tool_calls" in lost or not mine:
             raise MaskError(
                 f"{where}, message {k}: the chat template leaves out the assistant's {lost[0]}. Expected its text in the "
@@ -134,10 +137,7 @@ def _after_prompt(
     last = len(messages) - 1
     if not mine:
         raise MaskError(f"{where}: the chat template leaves out the last answer of a finished conversation.")
-    first = min(start for start, _ in mine.values())
-    words = text_of(messages[last]["content"])
-    blanks = words[: len(words) - len(words.lstrip())]
-    first -= len(blanks) if plain[:first].endswith(blanks) else 0
+    first, _ = _own_edges(text_of(messages[last]["content"]), plain, min(mine.values()), max(mine.values()))
     _check_same_prompt(messages[:last], prompt, plain[:first], where)
     turn, _ = _extent(messages[last], last, list(mine.values()), plain, template, 0, True, where)
     opening = plain[turn.start : first] if plain[turn.start : first].strip() else ""  # a thinking block, say
@@ -189,10 +189,6 @@ def _shape(messages: Sequence[Message], tools: bool) -> tuple[Any, ...]:
             for m in messages
         ),
     )  # fmt: skip
-
-
-def _indices(owners: Sequence[Owner], message: int) -> list[int]:
-    return [index for index, owner in enumerate(owners) if owner.message == message]
 
 
 def _check_answers(messages: Sequence[Message], where: str) -> None:
@@ -288,40 +284,30 @@ def _extent(
 ) -> tuple[Turn, str]:  # fmt: skip
     """The turn that the pieces belong to, from the generation prompt's end to its end token; and the text, to which an
     end of sequence is added if it is the last and the template ends it with nothing."""
-    first, last = min(start for start, _ in pieces), max(end for _, end in pieces)
     said, calls = text_of(message["content"]), bool(message.get("tool_calls"))
-    lead, trail = said[: len(said) - len(said.lstrip())], said[len(said.rstrip()) :]  # the sentinels stood inside them
-    start, method = first - (len(lead) if plain.endswith(lead, 0, first) else 0), "sentinels"
+    first, last = _own_edges(said, plain, min(pieces), max(pieces))
+    start, method = first, "sentinels"
     for header in template.headers:
         at = plain.rfind(header, after, first) + len(header) if header else first - _blanks_before(plain, first)
         if at - len(header) >= after and (template.is_glue(plain[at:first]) or (calls and not said.strip())):
             if header == template.headers[0] or plain[at:first].strip():
                 start, method = at, "generation prompt"
             break  # the blanks after what is only the beginning of the generation prompt are not the model's to write
-    last += len(trail) if plain.startswith(trail, last) else 0
     media = template.markup(plain, last) if is_last else []
     if media and not plain[last : media[0][0]].strip():
         last = media[-1][1]  # an answer that ends with a picture
-    follows = plain[last:]
-    at = follows.find(template.end) if template.end else -1
+    at = plain.find(template.end, last) if template.end else -1
     token: str | None
-    if at >= 0 and (calls or template.is_glue(follows[:at])):  # a call's arguments have no sentinels
-        token, end = template.end, last + at
+    if at >= 0 and (calls or template.is_glue(plain[last:at])):  # a call's arguments have no sentinels
+        token, end = template.end, at
     else:
-        token, end = template.special_at(follows), last  # GLM's turn ends with the next role's token
-    if token is None and template.end and not is_last:
-        raise MaskError(
-            f"{where}, message {k}: expected {template.end!r} after the answer, as after the last one, found {follows[:20]!r}: the "
-            "model would not learn to stop here."
-        )
-    if token is None and is_last:
-        tail = follows.strip()
-        if tail and said.rstrip().endswith(tail):  # an answer that ends with a thinking tag
-            last, tail = last + len(follows.rstrip()), ""
-        if tail:
+        token, end = template.special_at(plain, last), last  # GLM's turn ends with the next role's token
+    if token is None and (is_last or template.end):
+        if plain[last:].strip() or not is_last:
             raise MaskError(
-                f"{where}: no end-of-turn token follows the answer, so the model would never learn to stop. Expected a "
-                f"special token, found {follows[:20]!r} after {excerpt(plain, last)!r}."
+                f"{where}, message {k}: no end-of-turn token follows the answer, so the model would never learn to stop. "
+                f"Expected {template.end or 'a special token'!r}, found {plain[last : last + 20]!r} after "
+                f"{excerpt(plain, last)!r}."
             )
         token = template.tokenizer.eos_token
         if not token:
@@ -329,6 +315,20 @@ def _extent(
         plain, end = plain[:last] + token, last
     stop = last if token is None else end + len(token)
     return Turn(k, start, stop, method, float(message.get("weight", 1.0)), message.get("objective")), plain
+
+
+def _own_edges(said: str, plain: str, first: Span, last: Span) -> tuple[int, int]:
+    """From where to where an answer's own text goes in the plain text: its pieces, and the blanks and tags at its edges that
+    stood outside the sentinels, where the template has left them."""
+    before = said.find(plain[first[0] : first[1]])
+    lead = said[:before] if before > 0 else ""
+    words = plain[last[0] : last[1]]
+    after = said.rfind(words)
+    trail = said[after + len(words) :] if after >= 0 else ""
+    return (
+        first[0] - (len(lead) if plain.endswith(lead, 0, first[0]) else 0),
+        last[1] + (len(trail) if plain.startswith(trail, last[1]) else 0),
+    )
 
 
 def _blanks_before(text: str, at: int) -> int:

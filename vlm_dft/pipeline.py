@@ -8,6 +8,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from vlm_dft.chat import Example, Sample
 from vlm_dft.collators import ChatCollator
 from vlm_dft.config import TrainConfig
 from vlm_dft.diagnostics import gauge
-from vlm_dft.errors import ConfigError, RowError
+from vlm_dft.errors import ConfigError, RowError, UserError
 from vlm_dft.explain import mask_report
 from vlm_dft.fitting import fit
 from vlm_dft.generation import generate
@@ -45,6 +46,15 @@ SHOWN_MASKS = 8  # samples whose masks mask_report.json spells out
 
 def run(plan: Plan, *, echo: Echo) -> dict[str, Any]:
     """Everything the front door does. Returns the report; a finished run is only shown again."""
+    try:
+        return _run(plan, echo)
+    except UserError:
+        with suppress(OSError):
+            plan.output.rmdir()  # if it is empty: a start that failed claims nothing
+        raise
+
+
+def _run(plan: Plan, echo: Echo) -> dict[str, Any]:
     config, output = plan.config, plan.output
     if (output / "report.json").is_file():
         report: dict[str, Any] = json.loads((output / "report.json").read_text(encoding="utf-8"))
@@ -67,12 +77,13 @@ def run(plan: Plan, *, echo: Echo) -> dict[str, Any]:
         )
     if first:
         _check_same_data(output, account)
+        masks, prior = _look_before(config, processor, examples, echo)
         write_provenance(output, config)  # now that the data are known to be good: a failed start claims nothing
         for kind, card in (("recipe", plan.recipe), ("benchmark", plan.benchmark)):
             if card is not None:
                 write_text(output / f"{kind}.yaml", yaml.safe_dump(card, sort_keys=False))
         write_json(output / "accounting.json", {"sources": [account.as_dict()]})
-        prior = _look_before(config, processor, examples, output, echo)
+        write_json(output / "mask_report.json", masks)
     trained = {}
     for objective in config.objective:
         echo(f"[3/4] training: {objective}, {config.steps(len(examples))} steps of {config.batch_size} examples")
@@ -155,11 +166,11 @@ def load_for_answers(name: str) -> Any:
 
 
 def _look_before(
-    config: TrainConfig, processor: Any, examples: list[Example], output: Path, echo: Echo
-) -> dict[str, Any]:
+    config: TrainConfig, processor: Any, examples: list[Example], echo: Echo
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Spell out the first masks, and gauge the model's prior on the responses before it is trained on them."""
     collator = make_collator(processor, config, packing=False)
-    write_json(output / "mask_report.json", mask_report([collator.explain(e) for e in examples[:SHOWN_MASKS]]))
+    masks = mask_report([collator.explain(e) for e in examples[:SHOWN_MASKS]])
     count = min(GAUGE_EXAMPLES, len(examples))
     chosen = [examples[k * len(examples) // count] for k in range(count)]  # evenly over the set
     size = max(config.micro_batch, 8)
@@ -171,7 +182,7 @@ def _look_before(
          f"below 0.1: {found['share_p_below_0.1']:.0%}\n      {found['prediction']}")  # fmt: skip
     del model
     gc.collect()
-    return found
+    return masks, found
 
 
 def _evaluate_all(
