@@ -242,7 +242,7 @@ class ChatCollator:
         for name, one, row, runs in zip(names, marked, encoded.rows, all_runs, strict=True):
             prove(
                 where=name, text=one.text, spans=one.spans, runs=runs, row=row, decoded=[next(decoded) for _ in runs],
-                tokens=self.tokenizer.convert_ids_to_tokens, media_ids=self.template.media_ids,
+                tokens=self.tokenizer.convert_ids_to_tokens, media=self.processing.media,
             )  # fmt: skip
         self._prove_media(encoded, rendered)
         self._prove_prompts(examples, names, marked, encoded, labels)

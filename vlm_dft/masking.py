@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vlm_dft.alignment import Ints, Row
+from vlm_dft.alignment import Bools, Ints, Row
 from vlm_dft.errors import MaskError
 from vlm_dft.marking import Marked, Span, excerpt
 from vlm_dft.objectives import OBJECTIVES
@@ -55,13 +55,15 @@ def token_targets(row: Row, spans: Sequence[Span], text: str, *, where: str) -> 
 
 def prove(
     *, where: str, text: str, spans: Sequence[Span], runs: Sequence[Ints], row: Row, decoded: Sequence[str],
-    tokens: Callable[[list[int]], list[str]], media_ids: Collection[int],
+    tokens: Callable[[list[int]], list[str]], media: Bools,
 ) -> None:  # fmt: skip
-    """Prove one sample's targets: each run (`decoded`) is its answer plus end token, and none is a media token."""
-    if not sum(map(len, runs)):
+    """Prove one sample's targets: each run (`decoded`) is its answer plus end token, and none is a media token.
+
+    media: [vocabulary], which ids stand for pixels or enclose them.
+    """
+    if not any(map(len, runs)):
         raise MaskError(f"{where}: expected at least one target token, found none.")
     for (start, end), run, found in zip(spans, runs, decoded, strict=True):
-        ids = row.ids[run].tolist()
         expected = _answer_text(text, start, end, row, run)
         if found not in (expected, expected.removeprefix(" ")):  # SentencePiece's decoder drops a first blank
             expected, found = unicodedata.normalize("NFC", expected), unicodedata.normalize("NFC", found)
@@ -70,10 +72,10 @@ def prove(
                     f"{where}: targets do not decode to the answer.\n  expected: {excerpt(expected, len(expected))!r}"
                     f"\n  found:    {excerpt(found, len(found))!r}"
                 )
-        token = next((i for i in ids if i in media_ids), None)
-        if token is not None:
+        wrong = row.ids[run][media[row.ids[run]]].tolist()
+        if wrong:
             raise MaskError(
-                f"{where}: media token {tokens([token])[0]!r} is a target. Write media as parts "
+                f"{where}: media token {tokens(wrong)[0]!r} is a target. Write media as parts "
                 '{"type": "image"}, not as text in an answer.'
             )
 

@@ -45,8 +45,9 @@ class Rendered:
 class Processing:
     """One processor call per batch, or the same tensors faster for the Qwen-VL image processors.
 
-    What a processor wants and reports (a flat or a nested list of images, offsets, replaced placeholders) is found by
-    trying it on two small rows, once. The faster path is taken only if it gave the processor's tensors bit for bit.
+    What a processor wants (images as one list or as one per row, rows with and without images in one call) and whether it
+    counts its tokens rightly is found by trying it on two small rows, once. The faster path is taken only if it gave the
+    processor's tensors bit for bit.
     """
 
     def __init__(
@@ -226,7 +227,7 @@ class Processing:
     def _placeholders(self) -> Bools:
         """[vocabulary] which ids are placeholders of images or videos."""
         return self._table(
-            i for kind in ("image", "video") for i in self.template._ids(self.template.placeholder(kind))
+            i for kind in ("image", "video") for i in self.template.ids_of(self.template.placeholder(kind))
         )
 
     @cached_property
@@ -323,17 +324,17 @@ class Processing:
         """A row of prompt + answer, of which the processor makes two segments, as one text: the answer after the prompt."""
         suffix = f"{sample.suffix}{self.tokenizer.eos_token}"
         (answer,) = self.text_rows([suffix], [sample.name], breaks=True)
-        answer = (
-            answer if len(answer.ids) == second.sum() else take(answer, np.arange(1, len(answer.ids)))
-        )  # less a BOS
+        if len(answer.ids) > second.sum():  # the processor writes no beginning of sequence between the two
+            answer = take(answer, np.arange(1, len(answer.ids)))
         first = align(ids[~second], prompt, self.media, where=sample.name)
         last = align(ids[second], answer, self.media, where=sample.name)
-        parts = [
-            (one, two + by)
-            for one, two, by in ((first.start, last.start, len(sample.text)), (first.end, last.end, len(sample.text)))
-        ]
-        start, end = (np.concatenate(pair) for pair in parts)
-        return Row(np.concatenate([first.ids, last.ids]), start, end, np.concatenate([first.media, last.media]))
+        by = len(sample.text)
+        return Row(
+            np.concatenate([first.ids, last.ids]),
+            np.concatenate([first.start, last.start + by]),
+            np.concatenate([first.end, last.end + by]),
+            np.concatenate([first.media, last.media]),
+        )
 
     def _apart(self, samples: Sequence[Rendered], pictured: Sequence[bool]) -> Encoded:
         """Rows with and without images in two calls, joined: for processors that refuse them in one (Mllama)."""
@@ -356,11 +357,11 @@ class Processing:
             counts = (grid.prod(-1) // images.merge_size**2).tolist()
         image_id = int(self.processor.image_token_id)
         rows, taken = [], 0
-        cuts = [s.cuts for s in samples if s.cuts is not None]
-        texts, names = [s.text for s in samples], [s.name for s in samples]
-        apart = len(cuts) == len(samples)
-        found = self._rows_apart(texts, cuts) if apart else self.text_rows(texts, names, breaks=True)
-        for sample, row in zip(samples, found, strict=True):
+        apart, whole = ([s for s in samples if (s.cuts is not None) == has] for has in (True, False))
+        fine = iter(self.text_rows([s.text for s in whole], [s.name for s in whole], breaks=True) if whole else [])
+        coarse = iter(self._rows_apart([s.text for s in apart], [s.cuts or [] for s in apart]) if apart else [])
+        for sample in samples:
+            row = next(fine if sample.cuts is None else coarse)
             mine = np.flatnonzero(row.ids == image_id)
             if len(mine) != len(sample.images):
                 raise RowError(f"{sample.name}: {len(sample.images)} images, but the chat template placed {len(mine)}.")

@@ -174,13 +174,14 @@ class ChatTemplate:
                 *named,
                 *(f"{kind}_token{end}" for kind in ("image", "video", "audio") for end in ("", "_id")),
             ):
-                found |= set(self._ids(getattr(holder, name, None)))
+                found |= set(self.ids_of(getattr(holder, name, None)))
         added = getattr(self.tokenizer, "added_tokens_decoder", {})
         found |= {i for i, token in added.items() if token.special and MEDIA_NAME.search(str(token))}
         own = {self.tokenizer.eos_token_id, self.tokenizer.pad_token_id, self.tokenizer.bos_token_id}
         return (found & set(added)) - own
 
-    def _ids(self, value: Any) -> Iterable[int]:
+    def ids_of(self, value: Any) -> Iterable[int]:
+        """The ids that a value names: an id, a token, or a list of either; nothing for anything else."""
         if isinstance(value, bool) or value is None:
             return
         if isinstance(value, int):
@@ -191,7 +192,7 @@ class ChatTemplate:
                 yield token
         elif isinstance(value, (list, tuple)):
             for item in value:
-                yield from self._ids(item)
+                yield from self.ids_of(item)
 
     @cached_property
     def media_tokens(self) -> set[str]:
