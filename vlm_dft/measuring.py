@@ -30,7 +30,7 @@ class Measured:
     targets: int  # response tokens, end of turn included
     before: int  # before the last trained answer
     ends: int  # up to and including the last target
-    media_ends: int  # up to and including the last media token
+    media_ends: int  # up to and including the last media token, and the template's own around it
     notes: tuple[str, ...] = ()  # what is to be said about it
 
 
@@ -59,7 +59,7 @@ def count(collator: ChatCollator, example: Example, marked: Marked, sizes: Sizes
         return count(collator, example, cut_at(marked, error.at), sizes, name)
     repeats = np.ones(len(row.ids), np.int64)
     repeats[np.flatnonzero(row.media)] = media
-    return _summary(row, runs, repeats, sum(media))
+    return _summary(row, runs, repeats, sum(media), marked)
 
 
 def processed(collator: ChatCollator, example: Example, marked: Marked, name: str) -> Measured:
@@ -69,13 +69,13 @@ def processed(collator: ChatCollator, example: Example, marked: Marked, name: st
     runs = token_targets(row, marked.spans, marked.text, where=name)
     kinds = encoded.batch.get("mm_token_type_ids")
     media = int(row.media.sum()) if kinds is None else int((kinds > 0).sum())
-    return _summary(row, runs, np.ones(len(row.ids), np.int64), media)
+    return _summary(row, runs, np.ones(len(row.ids), np.int64), media, marked)
 
 
-def _summary(row: Row, runs: Sequence[Ints], repeats: Ints, media: int) -> Measured:
+def _summary(row: Row, runs: Sequence[Ints], repeats: Ints, media: int, marked: Marked) -> Measured:
     """The figures of a row of which token k stands for repeats[k] tokens."""
     upto = np.concatenate([[0], repeats.cumsum()])
-    last_media = int(np.flatnonzero(row.media)[-1]) + 1 if row.media.any() else 0
+    last_media = int(np.searchsorted(row.start, marked.markup[-1][1], "left")) if marked.markup else 0
     targets, ends = [int(k) for run in runs for k in run], int(runs[-1][-1]) + 1 if len(runs[-1]) else 0
     return Measured(
         int(upto[-1]), media, len(targets), int(upto[runs[-1][0]]) if ends else int(upto[-1]), int(upto[ends]),

@@ -413,7 +413,7 @@ def naming(names: Sequence[str]) -> Any:
         yield
     except RowError:
         raise
-    except (ValueError, TypeError, IndexError, KeyError) as error:
+    except (ValueError, TypeError, IndexError, KeyError, RuntimeError) as error:
         raise RowError(f"{', '.join(names)}: the processor refuses it: {error}") from error
 
 

@@ -86,6 +86,8 @@ def read_recipe(name: str) -> dict[str, Any]:
     card = read_card("recipe", name, required=REQUIRED, optional=OPTIONAL)
     if ("messages" in card) == ("prompt" in card and "response" in card):
         raise CardError(f"Recipe {name!r}: give either messages, or prompt and response.")
+    if not isinstance(card.get("unroll", False), bool):
+        raise CardError(f"Recipe {name!r}: unroll must be true or false, found {card['unroll']!r}.")
     if not isinstance(card["source"], Mapping):
         raise CardError(f"Recipe {name!r}: source must be a mapping, found {card['source']!r}.")
     return card
@@ -111,7 +113,7 @@ def load_recipe(
         if limit is not None and k >= limit:
             break
         found = example_of(card, row, root)
-        made = unroll(found) if card.get("unroll") else [found]
+        made = (card.get("unroll") and unroll(found)) or [found]  # one without an answer is refused when it is measured
         account.read += len(made)
         examples += made
     if not examples:
