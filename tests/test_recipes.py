@@ -170,7 +170,8 @@ def test_weights_objectives_tools_and_videos_of_a_row_reach_the_example(tmp_path
 
 
 def test_a_card_can_unroll_its_conversations_into_one_example_per_answer(tmp_path: Path) -> None:
-    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}, {"from": "human", "value": "r"}, {"from": "gpt", "value": "b"}]  # fmt: skip
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    turns += [{"from": "human", "value": "r"}, {"from": "gpt", "value": "b"}]
     (tmp_path / "rows.jsonl").write_text(json.dumps({"id": "7", "conversations": turns}))
     card = {"name": "mine", "source": {"files": ["rows.jsonl"]}, "messages": None, "unroll": True}
     examples, account = load_recipe(card, str(tmp_path))

@@ -245,7 +245,7 @@ class ChatCollator:
                 tokens=self.tokenizer.convert_ids_to_tokens, media=self.processing.media,
             )  # fmt: skip
         self._prove_media(encoded, rendered)
-        self._prove_prompts(examples, names, marked, encoded, labels)
+        self._prove_prompts(examples, rendered, marked, encoded, labels)
         return Labelled(
             list(names), [e.source for e in examples], list(marked), encoded, torch.from_numpy(labels), all_runs
         )
@@ -336,13 +336,14 @@ class ChatCollator:
     def _prove_prompts(
         self,
         examples: Sequence[Example],
-        names: Sequence[str],
+        rendered: Sequence[Rendered],
         marked: Sequence[Marked],
         encoded: Encoded,
         labels: Ints,
     ) -> None:
         """For the first samples of each source: the ids before the last answer are the ids of the inference prompt."""
-        for k, (example, name) in enumerate(zip(examples, names, strict=True)):
+        for k, example in enumerate(examples):
+            name = rendered[k].name
             if (
                 self._prompts_proved[example.source] >= PROMPT_PROOFS
                 or not is_trained(example.messages[-1])
@@ -357,7 +358,9 @@ class ChatCollator:
             )  # fmt: skip
             asked_for, trained_after = self._prompt(before, name), marked[k].text[: marked[k].turns[-1].start]
             if asked_for.text.replace(BREAK, "") == trained_after.replace(BREAK, ""):  # then cut where the row was cut
-                asked_for = replace(asked_for, text=trained_after.rstrip(BREAK))
+                cuts = rendered[k].cuts
+                cuts = None if cuts is None else [at for at in cuts if at <= len(trained_after)]
+                asked_for = replace(asked_for, text=trained_after.rstrip(BREAK), cuts=cuts)
             prompt = self._left([asked_for]).rows[0].ids
             row, trained = encoded.rows[k].ids, labels[k][encoded.columns[k]] != IGNORE
             if not np.array_equal(row[: len(prompt)], prompt) or not trained[len(prompt)]:

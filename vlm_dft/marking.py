@@ -286,10 +286,10 @@ def _extent(
     end of sequence is added if it is the last and the template ends it with nothing."""
     said, calls = text_of(message["content"]), bool(message.get("tool_calls"))
     first, last = _own_edges(said, plain, min(pieces), max(pieces))
-    start, method = first, "sentinels"
-    for header in template.headers:
-        at = plain.rfind(header, after, first) + len(header) if header else first - _blanks_before(plain, first)
-        if at - len(header) >= after and (template.is_glue(plain[at:first]) or (calls and not said.strip())):
+    start, method, core = first, "sentinels", min(pieces)[0]
+    for header in template.headers:  # up to the core: the blanks before it may be the header's, where a template strips
+        at = plain.rfind(header, after, core) + len(header) if header else first - _blanks_before(plain, first)
+        if at - len(header) >= after and (template.is_glue(plain[at:core]) or (calls and not said.strip())):
             if header == template.headers[0] or plain[at:first].strip():
                 start, method = at, "generation prompt"
             break  # the blanks after what is only the beginning of the generation prompt are not the model's to write
