@@ -47,6 +47,16 @@ def test_two_processes_end_in_the_weights_of_one(tmp_path: Path) -> None:
     assert moved > 1e-4 and apart < 1e-3 * moved
 
 
+def test_two_processes_with_packed_rows_end_in_the_weights_of_one_with_padded_ones(tmp_path: Path) -> None:
+    one, _ = train(tmp_path / "one", 1)
+    two, engine = train(tmp_path / "two", 2, collator={"packing": True})
+    assert engine == [2, "DistributedDataParallel"]
+    start = load_model("tiny").state_dict()
+    moved = max((one[k] - start[k]).abs().max().item() for k in one)
+    apart = max((one[k] - two[k]).abs().max().item() for k in one)
+    assert moved > 1e-4 and apart < 1e-3 * moved
+
+
 @pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed (extra: deepspeed)"
 )

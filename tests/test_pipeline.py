@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from vlm_dft.cli import main
 from vlm_dft.embedded.drawn import drawn_folder
@@ -69,6 +70,36 @@ def test_a_missing_image_names_its_row_before_any_model_is_loaded(
     (tmp_path / "chats.jsonl").write_text(json.dumps(row))
     assert run("--recipe", str(tmp_path / "chats.jsonl"), "--output", str(tmp_path / "run")) == 2
     assert "chats row 0: no image file at" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_packing_is_a_word_of_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    outputs = {packing: tmp_path / packing for packing in ("true", "false")}
+    rows = {}
+    for packing, output in outputs.items():
+        words = [
+            "--recipe",
+            "drawn",
+            "--packing",
+            packing,
+            "--max_steps",
+            "2",
+            "--batch_size",
+            "8",
+            "--micro_batch",
+            "4",
+        ]
+        assert run(*words, "--limit", "16", "--eval_limit", "2", "--output", str(output)) == 0
+        assert ("segment by segment in packed rows" in capsys.readouterr().out) == (packing == "true")
+        config = yaml.safe_load((output / "config.yaml").read_text())
+        assert config["collator"] == {"packing": packing == "true"}
+        report = json.loads((output / "report.json").read_text())
+        assert report["runs"]["dft"]["test"]["count"] == 2
+        rows[packing] = read_metrics(
+            output / "dft" / "metrics.jsonl" if len(list(output.glob("dft"))) else output / "metrics.jsonl"
+        )
+    for key in ("step", "loss", "nll", "mean_p", "response_tokens"):
+        assert [r[key] for r in rows["true"]] == pytest.approx([r[key] for r in rows["false"]], rel=1e-4), key
 
 
 @pytest.mark.slow

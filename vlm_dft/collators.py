@@ -231,9 +231,7 @@ class ChatCollator:
             try:
                 runs = token_targets(row, one.spans, one.text, where=name)
             except StraddleError as error:
-                if BREAK in one.text[max(0, error.at - 1) : error.at + 1]:
-                    raise
-                return self._label(examples, names, [*marked[:k], cut_at(one, error.at), *marked[k + 1 :]])
+                return self._label(examples, names, [*marked[:k], cut_at(one, error), *marked[k + 1 :]])
             all_runs.append(runs)
             for run in runs:
                 labels[k, encoded.columns[k][run]] = row.ids[run]

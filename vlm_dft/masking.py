@@ -25,8 +25,14 @@ class StraddleError(MaskError):
         self.at = at
 
 
-def cut_at(marked: Marked, at: int) -> Marked:
-    """The same text with BREAK at an edge of a response, so that what is before and after it is tokenised apart."""
+def cut_at(marked: Marked, straddle: StraddleError) -> Marked:
+    """The same text with BREAK at the edge of the response, so that what is before and after it is tokenised apart.
+
+    Raises the error where that has been tried already.
+    """
+    at = straddle.at
+    if BREAK in marked.text[max(0, at - 1) : at + 1]:
+        raise straddle
     turns = [replace(t, start=t.start + (t.start >= at), end=t.end + (t.end > at)) for t in marked.turns]
     markup = [(a + (a >= at), b + (b > at)) for a, b in marked.markup]
     return Marked(marked.text[:at] + BREAK + marked.text[at:], turns, marked.notes, markup)

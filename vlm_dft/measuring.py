@@ -13,7 +13,6 @@ from vlm_dft.chat import Example, media_parts
 from vlm_dft.marking import Marked
 from vlm_dft.masking import StraddleError, cut_at, token_targets
 from vlm_dft.processing import as_settings, naming
-from vlm_dft.templates import BREAK
 
 if TYPE_CHECKING:
     from vlm_dft.collators import ChatCollator
@@ -54,9 +53,7 @@ def count(collator: ChatCollator, example: Example, marked: Marked, sizes: Sizes
     try:
         runs = token_targets(row, marked.spans, marked.text, where=name)
     except StraddleError as error:
-        if BREAK in marked.text[max(0, error.at - 1) : error.at + 1]:
-            raise
-        return count(collator, example, cut_at(marked, error.at), sizes, name)
+        return count(collator, example, cut_at(marked, error), sizes, name)
     repeats = np.ones(len(row.ids), np.int64)
     repeats[np.flatnonzero(row.media)] = media
     return _summary(row, runs, repeats, sum(media), marked)
@@ -66,7 +63,10 @@ def processed(collator: ChatCollator, example: Example, marked: Marked, name: st
     """Measure by processing the example as it is collated."""
     encoded = collator.processing([collator.rendered(example, marked, name)])
     (row,) = encoded.rows
-    runs = token_targets(row, marked.spans, marked.text, where=name)
+    try:
+        runs = token_targets(row, marked.spans, marked.text, where=name)
+    except StraddleError as error:
+        return processed(collator, example, cut_at(marked, error), name)
     kinds = encoded.batch.get("mm_token_type_ids")
     media = int(row.media.sum()) if kinds is None else int((kinds > 0).sum())
     return _summary(row, runs, np.ones(len(row.ids), np.int64), media, marked)

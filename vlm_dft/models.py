@@ -34,6 +34,11 @@ def load_processor(name: str, *, min_pixels: int | None = None, max_pixels: int 
             )
         size["shortest_edge"] = min_pixels or size["shortest_edge"]
         size["longest_edge"] = max_pixels or size["longest_edge"]
+        if size["shortest_edge"] > size["longest_edge"]:
+            raise ModelError(
+                f"min_pixels = {size['shortest_edge']} is over max_pixels = {size['longest_edge']} (areas; one not given is the "
+                "processor's own). Set both."
+            )
         image_processor.size = type(image_processor.size)(**size)
     return processor
 
