@@ -265,7 +265,16 @@ def as_example(row: Example | Mapping[str, Any], *, where: str = "example") -> E
     if "messages" not in fields and {"prompt", "completion"} <= set(fields):
         fields["messages"] = _prompt_and_completion(fields["prompt"], fields["completion"], name)
     if "messages" not in fields:
-        raise RowError(f"{where}: expected a key 'messages' (or 'prompt' and 'completion'), found {sorted(fields)}.")
+        removed = not fields or "input_ids" in fields  # by a Trainer, before we saw it
+        raise RowError(
+            f"{where}: expected a key 'messages' (or 'prompt' and 'completion'), found {sorted(fields)}."
+            + (
+                " In a Trainer: set remove_unused_columns=False; in TRL's SFTTrainer also "
+                "dataset_kwargs={'skip_prepare_dataset': True}."
+                if removed
+                else ""
+            )
+        )
     lost = sorted({"image", "video", "audio", "audios"} & set(fields))
     if lost:
         raise RowError(f"{name}: media are given as lists under 'images' and 'videos', found {lost[0]!r}.")
@@ -304,7 +313,9 @@ def _listed(value: Any, found: str) -> list[Any]:
 @lru_cache(maxsize=1024)
 def _misspelt(key: str) -> str:
     """The key of a row that another one is meant to be, if it is one letter or so away; other columns are none of ours."""
-    return next(iter(difflib.get_close_matches(key, ROW_KEYS, n=1, cutoff=0.85)), "")
+    return next(
+        iter(difflib.get_close_matches(key, ROW_KEYS[:-2], n=1, cutoff=0.82)), ""
+    )  # of ours that must not be lost
 
 
 def _without_sources(message: Message) -> Message:

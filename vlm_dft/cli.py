@@ -44,7 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.settings = settings
         return int(arguments.run(arguments) or 0)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        message = str(error)
+        if "Original Traceback" in message:  # a data loader's worker sends its own along
+            message = message.rsplit(f"{type(error).__name__}: ", 1)[-1].rstrip()
+        print(f"error: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nInterrupted. The same command continues from the last checkpoint.", file=sys.stderr)

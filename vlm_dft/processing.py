@@ -57,7 +57,15 @@ class Processing:
         self.tokenizer = processor.tokenizer
 
     def __call__(self, samples: Sequence[Rendered]) -> Encoded:
-        """Process a batch. Raises RowError with the samples' names and the processor's own words where it refuses."""
+        """Process a batch. Raises RowError with the sample's name and the processor's own words where it refuses."""
+        try:
+            return self._process(samples)
+        except RowError:
+            for sample in samples if len(samples) > 1 else []:
+                self._process([sample])  # raises for the one to blame, if there is one
+            raise
+
+    def _process(self, samples: Sequence[Rendered]) -> Encoded:
         plain = not any(s.videos or s.suffix is not None for s in samples)
         encoded = self._fast(samples) if plain and self.fast is not None else self._call(samples)
         if any(BREAK in s.text or BREAK in (s.suffix or "") for s in samples):
@@ -90,9 +98,10 @@ class Processing:
             asked = [{"role": "user", "content": USER}]
             prompt, said = self.template.render(asked, prompt=True), f"{ANSWER}, 3.5"
             whole = self.template.render([*asked, {"role": "assistant", "content": said}])
-            (apart,), (one,) = self._rows_apart([whole], [[len(prompt)]]), self.text_rows([whole], ["self-test"])
+            held_apart = whole[: len(prompt)] + BREAK + whole[len(prompt) :]
+            (apart,), (one,) = self._rows_apart([whole], [[len(prompt)]]), self.text_rows([held_apart], ["self-test"])
             if not np.array_equal(apart.ids, one.ids):
-                raise ValueError("prompt and answer tokenised apart are not the whole")
+                raise ValueError("prompt and answer tokenised apart are not the text held apart there")
         except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
             LOGGER.warning("the faster image path is off: it failed its comparison with the processor (%s)", error)
             return None

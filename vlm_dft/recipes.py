@@ -171,7 +171,7 @@ def _conversation(card: Mapping[str, Any], row: Mapping[str, Any], where: str) -
 def _turn(turn: Any, where: str) -> dict[str, Any]:
     """One turn in our form: from / value become role and content; the other keys are for as_example to check."""
     role = turn.get("role", turn.get("from")) if isinstance(turn, Mapping) else None
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise RowError(f"{where}: unknown role {role!r}. Known: {', '.join(ROLES)}.")
     content = turn.get("content", turn.get("value"))
     if content is None and not turn.get("tool_calls"):
