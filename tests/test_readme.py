@@ -18,7 +18,7 @@ def test_the_two_commands_are_on_the_first_screen() -> None:
 
 def test_the_library_example_runs_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the embedded model in place of the hub's, and a drawn chart.png."""
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    code, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)  # the other: test_other_trainers.py
     hub = '"Qwen/Qwen2.5-VL-3B-Instruct"'
     assert code.count(hub) == 1
     Image.new("RGB", (112, 112), "white").save(tmp_path / "chart.png")

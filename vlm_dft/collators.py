@@ -57,8 +57,9 @@ class ChatCollator:
     packing: one row [1, total] without padding, samples isolated (see packing.py for what the model must be given).
     padding_side: "right" for training; "left" gives the same loss.
     access: which files and hosts may be opened (media.MediaAccess). Default: any local path, no host.
-    resize: "processor", or "pillow" for the pixels that qwen-vl-utils gives (Qwen-VL only; a few values in a thousand
-        differ). Images with settings of their own always take the latter.
+    resize: "processor", or "pillow" for the pixels that qwen-vl-utils gives when it is told the processor's limits as
+        min_pixels and max_pixels (Qwen-VL only; a few values in a thousand differ). Images with settings of their own
+        always take the latter.
     template_options: variables of the chat template, such as {"enable_thinking": False}.
     tokens_per_second: the model's `vision_config.tokens_per_second`, needed only to pack videos of Qwen2.5-VL.
 

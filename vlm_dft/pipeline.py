@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -101,12 +101,25 @@ def _run(plan: Plan, echo: Echo) -> dict[str, Any]:
 
 
 def fingerprint(examples: Sequence[Example]) -> str:
-    """A hash of what is trained on, in order: messages, and images by their size in bytes."""
+    """A hash of what is trained on, in order: messages, tools, and media (files by their size in bytes)."""
     digest = hashlib.sha256()
     for example in examples:
-        sizes = [Path(i).stat().st_size if isinstance(i, (str, Path)) else len(repr(i)) for i in example.images]
-        digest.update(json.dumps([example.id, example.messages, sizes]).encode())
+        digest.update(json.dumps([example.id, example.messages, example.tools], default=str).encode())
+        for source in (*example.images, *example.videos):
+            digest.update(_identity(source))
     return digest.hexdigest()
+
+
+def _identity(source: Any) -> bytes:
+    """What tells a media source from another: a file's size, a text, bytes, a picture's pixels, each frame of a list."""
+    if isinstance(source, (list, tuple)):
+        return b"".join(map(_identity, source))
+    if isinstance(source, (str, Path)) and os.path.isfile(source):
+        return str(Path(source).stat().st_size).encode()
+    if isinstance(source, Mapping):
+        return _identity(source.get("bytes") or source.get("path"))
+    pixels = getattr(source, "tobytes", None)
+    return source if isinstance(source, bytes) else pixels() if callable(pixels) else str(source).encode()
 
 
 def _check_same_data(output: Path, account: Accounting) -> None:
