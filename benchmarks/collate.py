@@ -174,9 +174,12 @@ def main() -> None:
     lines += compare("Qwen2.5-VL, text-only rows", text, words, options.rounds, "bare tokenisation")
     for family in ("llava", "smolvlm", "internvl", "gemma3"):
         other, some = ChatCollator(released_sizes(family)), rows[: options.rows // 4 if family == "smolvlm" else None]
-        lines += compare(
-            family, {"floor": floor(other, rows), "ChatCollator": other}, rows, max(3, options.rounds // 2), "floor"
-        )
+        ways = {
+            "floor": floor(other, some),
+            "floor and one tokenisation": floor_and_text(other, some),
+            "ChatCollator": other,
+        }
+        lines += compare(family, ways, some, max(3, options.rounds // 2), "floor")
     commit = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True)
     versions = ", ".join(
         f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", *(["trl"] if trl else []))

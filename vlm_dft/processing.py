@@ -26,6 +26,7 @@ from vlm_dft.video import Video
 
 Settings = dict[str, Any]
 BICUBIC = 3  # Pillow's number
+REMEMBERED = 4096  # image sizes whose tokens are not counted again
 LOGGER = logging.getLogger("vlm_dft")
 
 
@@ -55,6 +56,7 @@ class Processing:
     ) -> None:
         self.processor, self.template, self.side, self.resize = processor, template, side, resize
         self.tokenizer = processor.tokenizer
+        self._counted: dict[tuple[int, int], int] = {}  # (height, width) of an image -> its tokens
 
     def __call__(self, samples: Sequence[Rendered]) -> Encoded:
         """Process a batch. Raises RowError with the sample's name and the processor's own words where it refuses."""
@@ -184,8 +186,13 @@ class Processing:
             return []
         if self.fast is not None:
             return [t * h * w // self.fast.merge_size**2 for t, h, w in self.grids(sizes, settings)]
-        counted = self.processor._get_num_multimodal_tokens(image_sizes=[list(size) for size in sizes])
-        return [int(n) for n in counted["num_image_tokens"]]
+        if unknown := [size for size in dict.fromkeys(sizes) if size not in self._counted]:
+            counted = self.processor._get_num_multimodal_tokens(image_sizes=[list(size) for size in unknown])
+            self._counted.update(zip(unknown, map(int, counted["num_image_tokens"]), strict=True))
+        found = [self._counted[size] for size in sizes]
+        if len(self._counted) > REMEMBERED:
+            self._counted.clear()
+        return found
 
     def grids(self, sizes: Sequence[tuple[int, int]], settings: Sequence[Settings]) -> list[tuple[int, int, int]]:
         """(time, height, width) in patches of images of the given (height, width) and settings; Qwen-VL's processors alone."""

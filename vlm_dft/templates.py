@@ -14,9 +14,7 @@ from vlm_dft.chat import OURS, SETTINGS, Message, text_of
 from vlm_dft.errors import MaskError, RowError
 
 USER, ANSWER, SYSTEM = "qzu1", "qza2", "qzs3"  # words that no template holds
-BREAK = (
-    "\U0010fff0"  # a private-use character that breaks a literal control token in two; its tokens are taken out again
-)
+BREAK = "\U0010fff0"  # private use: breaks a literal control token in two; its own tokens are taken out again
 RESERVED = re.compile("[\ud800-\udfff\U00100000-\U0010ffff]")
 TOKEN_NAME = re.compile(r"^(?!num_|n_).*token(_ids?|s)?$")
 MEDIA_NAME = re.compile(
@@ -36,7 +34,7 @@ class ChatTemplate:
         self.tokenizer = processor.tokenizer
         self.proven: Counter[Any] = (
             Counter()
-        )  # shapes of conversations -> how many were rendered twice and were the same
+        )  # shape of a conversation -> how many were rendered twice, and were the same
         self.options = dict(options or {})  # variables of the template, such as enable_thinking
         self.source = str(
             getattr(processor, "chat_template", None) or getattr(self.tokenizer, "chat_template", None) or ""
@@ -207,7 +205,7 @@ class ChatTemplate:
         """
         own = (getattr(self.tokenizer, f"{name}_token", None) for name in ("bos", "eos", "pad", "unk"))
         written = {t for t in (*self.tokenizer.all_special_tokens, *self._extra_tokens) if t in self.source}
-        tokens = {*self.media_tokens, *written, *(str(t) for t in own if t)}
+        tokens = {*self.media_tokens, *written, *self._turn_tokens, *(str(t) for t in own if t)}
         tokens |= {t for kind in SETTINGS if (t := self.placeholder(kind))}
         long = sorted((t for t in tokens if len(t) > 1), key=len, reverse=True)  # one character cannot be broken in two
         return re.compile("|".join(map(re.escape, long)) or r"(?!)")
@@ -260,9 +258,18 @@ class ChatTemplate:
         return re.compile("|".join(re.escape(t) for kind in SETTINGS if (t := self.placeholder(kind))) or r"(?!)")
 
     @cached_property
+    def _turn_tokens(self) -> set[str]:
+        """The special tokens of a conversation without media: what opens and ends turns."""
+        if not self.source:
+            return set()
+        asked, answered = {"role": "user", "content": USER}, {"role": "assistant", "content": ANSWER}
+        text = self.render([asked, answered, asked], prompt=True)
+        return {t for t in self._end_tokens if t in text}
+
+    @cached_property
     def _beside(self) -> list[str]:
-        ends = {self.tokenizer.eos_token, *(t for t in self._end_tokens if t in self.end)}
-        return sorted({*self.media_tokens, *(t for t in self._end_tokens if t not in ends)}, key=len, reverse=True)
+        apart = {self.tokenizer.eos_token, *self._turn_tokens}
+        return sorted({*self.media_tokens, *(t for t in self._end_tokens if t not in apart)}, key=len, reverse=True)
 
     def check_texts(self, messages: Sequence[Message], rendered: str, *, where: str) -> None:
         """Raise MaskError if the template lost or changed what a user or the system said."""
