@@ -8,32 +8,45 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from vlm_dft.chat import Example, Sample
+    from vlm_dft.chat import Example, Sample, unroll
     from vlm_dft.collators import ChatCollator
     from vlm_dft.errors import MaskError
     from vlm_dft.linear_loss import fused_linear_loss
+    from vlm_dft.media import MediaAccess
     from vlm_dft.objectives import OBJECTIVES, dft_loss
+    from vlm_dft.packing import PackedDataset
     from vlm_dft.scoring import score_response
+    from vlm_dft.segment_attention import check_packing, use_segment_attention
 
 _HOME = {
     "ChatCollator": "collators",
     "Example": "chat",
     "MaskError": "errors",
+    "MediaAccess": "media",
     "OBJECTIVES": "objectives",
+    "PackedDataset": "packing",
     "Sample": "chat",
+    "check_packing": "segment_attention",
     "dft_loss": "objectives",
     "fused_linear_loss": "linear_loss",
     "score_response": "scoring",
+    "unroll": "chat",
+    "use_segment_attention": "segment_attention",
 }
 __all__ = [
     "OBJECTIVES",
     "ChatCollator",
     "Example",
     "MaskError",
+    "MediaAccess",
+    "PackedDataset",
     "Sample",
+    "check_packing",
     "dft_loss",
     "fused_linear_loss",
     "score_response",
+    "unroll",
+    "use_segment_attention",
 ]
 
 

@@ -102,7 +102,7 @@ def _inspect(card: Mapping[str, Any], row: Mapping[str, Any], root: Path | None,
         explained = collator.explain(example)
     except RowError as error:
         return Inspected(name, failed=str(error))
-    explained.notes.extend([effect] if effect else [])
+    explained.notes.extend([effect] if effect and effect not in explained.notes else [])
     return Inspected(name, example, explained, _pieces(explained, example, collator.processor))
 
 
