@@ -256,3 +256,33 @@ def test_a_sample_over_max_length_is_refused_and_never_cut(processor: Any) -> No
 def test_something_else_than_a_processor_is_refused(processor: Any) -> None:
     with pytest.raises(TypeError, match="needs a processor with a fast tokenizer"):
         ChatCollator(processor.tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": [turn("user", "q"), turn("assistant", "a")], "tools": [{"name": "look"}]}, "leaves out the row's tools"),
+        (
+            {"messages": [turn("user", "q"), turn("assistant", "a", reasoning_content="because")]},
+            "leaves out the assistant's reasoning.*between the model's own thinking tags",
+        ),
+        (
+            {"messages": [
+                turn("user", "q"), turn("assistant", "a", train=False, tool_calls=[{"name": "look", "arguments": {}}]),
+                turn("user", "r"), turn("assistant", "b"),
+            ]},
+            "leaves out the call of 'look'",
+        ),
+    ],
+)  # fmt: skip
+def test_what_the_template_does_not_render_is_not_lost_in_silence(
+    collator: ChatCollator, row: Any, message: str
+) -> None:
+    with pytest.raises(MaskError, match=f"(?s)row-17.*{message}"):
+        collator([{**row, "id": "row-17"}])
+
+
+def test_a_marker_without_an_image_is_counted(collator: ChatCollator) -> None:
+    collator([{"messages": [turn("user", "q"), turn("assistant", "a")], "source": "s"}])
+    collator([{"messages": [{"role": "user", "content": "<image>q"}, turn("assistant", "a")], "source": "s"}])
+    assert dict(collator.counts) == {("s", "<image> kept as text: the row has no images"): 1}

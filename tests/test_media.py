@@ -707,3 +707,11 @@ def test_importing_media_imports_neither_torch_nor_transformers_nor_pillow() -> 
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_session_description_in_disguise_opens_no_socket() -> None:
+    """FFmpeg would listen on the address that it names; behind the first bytes of an ASF file it got past the look at them."""
+    pytest.importorskip("av")
+    words = "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 45678 RTP/AVP 96\na=rtpmap:96 H264/90000\n"
+    with pytest.raises(ImageError, match="row 5: bytes .* not a readable video"):
+        open_video(b"\x30\x26\xb2\x75\n" + words.encode(), where="row 5")

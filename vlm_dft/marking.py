@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
-from vlm_dft.chat import Example, Message, is_trained, text_of
+from vlm_dft.chat import MARKERS, Example, Message, count_markers, is_trained, text_of
 from vlm_dft.errors import MaskError
 from vlm_dft.templates import ChatTemplate
 
@@ -21,6 +21,7 @@ TAG = re.compile(
     r"(</?(?:think|reason|thought|analysis)\w*>|◁/?think▷|\[/?THINK\])", re.IGNORECASE
 )  # templates cut answers there
 SHAPE_PROOFS = 4  # conversations of a shape that are rendered without sentinels too
+REMEDIES = {"reasoning": ": write it into the content, between the model's own thinking tags, or take it out."}
 Span = tuple[int, int]
 
 
@@ -80,9 +81,17 @@ def mark_responses(example: Example, template: ChatTemplate, *, where: str) -> M
     plain = SENTINELS.sub("", said)
     found = _spans(said, owners, where)
     notes = ["literal control token kept as text"] if escaped else []
+    for kind, media in (("image", example.images), ("video", example.videos)):
+        if not media and count_markers(example.messages, kind):
+            notes.append(f"{MARKERS[kind]} kept as text: the row has no {kind}s")
     last, shape = len(messages) - 1, _shape(messages, bool(example.tools))
     proven, opened = template.proven[shape] >= SHAPE_PROOFS, 0
     if not proven:
+        if tools and template.render(messages, where=where) == template.render(messages, tools=tools, where=where):
+            raise MaskError(
+                f"{where}: the chat template of {type(template.processor).__name__} leaves out the row's tools. Describe them in "
+                "the system's text, or take them out."
+            )
         if template.render(messages, tools=tools, where=where) != plain:
             raise MaskError(
                 f"{where}: the chat template changes the assistant's text, so the response cannot be found in it. Expected "
@@ -107,10 +116,10 @@ def mark_responses(example: Example, template: ChatTemplate, *, where: str) -> M
             continue
         mine = {index: found[index] for index in indices[k] if index in found}
         lost = [owners[index].name for index in indices[k] if index not in found]
-        if "content" in lost or "tool_calls" in lost or not mine:
+        if "content" in lost or "tool_calls" in lost or not mine or (lost and k == last):
             raise MaskError(
                 f"{where}, message {k}: the chat template leaves out the assistant's {lost[0]}. Expected its text in the "
-                f"rendered conversation.\n  rendered: {excerpt(plain, len(plain))}"
+                f"rendered conversation{REMEDIES.get(lost[0], '.')}\n  rendered: {excerpt(plain, len(plain))}"
             )
         if lost:
             notes.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -272,16 +273,29 @@ class ChatTemplate:
         return sorted({*self.media_tokens, *(t for t in self._end_tokens if t not in apart)}, key=len, reverse=True)
 
     def check_texts(self, messages: Sequence[Message], rendered: str, *, where: str) -> None:
-        """Raise MaskError if the template lost or changed what a user or the system said."""
+        """Raise MaskError if the template lost or changed what a user, the system or a tool said."""
         at = 0
         for k, message in enumerate(messages):
-            if message["role"] not in ("system", "user"):
+            if (
+                message["role"] == "assistant"
+            ):  # its words are marked, or context that a template may shorten; not its calls
+                for call in message.get("tool_calls", []):
+                    called = call.get("function", call)["name"]
+                    if called not in rendered:
+                        raise MaskError(
+                            f"{where}, message {k}: the chat template of {type(self.processor).__name__} leaves out the call of "
+                            f"{called!r}. Write it into the content, or take it out."
+                        )
                 continue
             pieces = [message["content"]] if isinstance(message["content"], str) else message["content"]
             for piece in pieces:
                 text = (piece if isinstance(piece, str) else text_of([piece])).strip()
                 found = rendered.find(text, at)  # in order nearly always: long conversations are read once
-                if found < 0 and text not in rendered:
+                if (
+                    found < 0
+                    and text not in rendered
+                    and not (message["role"] == "tool" and json.dumps(text, ensure_ascii=False)[1:-1] in rendered)
+                ):
                     raise MaskError(
                         f"{where}, message {k}: the chat template of {type(self.processor).__name__} lost or changed the "
                         f"{message['role']}'s text.\n  expected: {text[:160]!r}\n  found:    {rendered[:400]!r}"

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 log = logging.getLogger(__name__)
+CONTAINERS = "mov,matroska,webm,avi,mpegts,mpeg,mpegvideo,ogg,flv,asf,gif,h264,hevc,ivf,m4v"  # FFmpeg's names
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,10 +171,16 @@ def _decoded(source: Any, where: str, access: MediaAccess, keys: Mapping[str, An
     return Video(stacked, metadata, count / max(total, 1e-6) * fps)
 
 
+def _container(av: Any, content: Any) -> Any:
+    """The opened file, if it is a container that holds its own pictures: a playlist or a session description, which FFmpeg
+    would follow to other files and hosts, is none of them."""
+    return av.open(content, container_options={"format_whitelist": CONTAINERS, "protocol_whitelist": "pipe"})
+
+
 def _count(av: Any, content: Any, where: str, name: str, access: MediaAccess) -> tuple[float, int]:
     """(frames a second, number of frames), by counting packets: headers of some containers leave the number out."""
     content.seek(0)
-    with av.open(content) as container:
+    with _container(av, content) as container:
         if not container.streams.video:
             if container.streams.audio:
                 raise ImageError(f"{where}: {name} holds no pictures, only sound. Expected a video.")
@@ -204,7 +211,7 @@ def _frames_at(av: Any, content: Any, wanted: set[int]) -> dict[int, Any]:
 
     found: dict[int, Any] = {}
     content.seek(0)
-    with av.open(content) as container:
+    with _container(av, content) as container:
         container.streams.video[0].thread_type = "AUTO"
         for k, frame in enumerate(container.decode(video=0)):
             if k in wanted:
