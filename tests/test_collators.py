@@ -286,3 +286,29 @@ def test_a_marker_without_an_image_is_counted(collator: ChatCollator) -> None:
     collator([{"messages": [turn("user", "q"), turn("assistant", "a")], "source": "s"}])
     collator([{"messages": [{"role": "user", "content": "<image>q"}, turn("assistant", "a")], "source": "s"}])
     assert dict(collator.counts) == {("s", "<image> kept as text: the row has no images"): 1}
+
+
+def test_a_template_that_branches_on_words_gives_the_same_masks_whatever_came_before(processor: Any) -> None:
+    """A system text that switches thinking off changes the generation prompt, not the roles or the kinds of parts."""
+    switching = copy.deepcopy(processor)
+    switching.chat_template = switching.chat_template.replace(
+        "{{- '<|im_start|>assistant\\n' -}}",
+        "{{- '<|im_start|>assistant\\n' + ('<think>\\n\\n</think>\\n' if '/no_think' in (messages | string) else '') -}}",
+    ).replace(
+        "{{- '<|im_start|>' + message.role + '\\n' -}}",
+        "{{- '<|im_start|>' + message.role + '\\n' + ('<think>\\n\\n</think>\\n' if message.role == 'assistant' and loop.last "
+        "and '/no_think' in (messages | string) else '') -}}",
+    )
+    assert switching.chat_template.count("no_think") == 2
+    row = {"messages": [turn("system", "/no_think"), turn("user", "q"), turn("assistant", "a")]}
+    warm = ChatCollator(switching)
+    for k in range(6):
+        warm([{"messages": [turn("system", f"s{k}"), turn("user", "q"), turn("assistant", "a")]}])
+    assert trained(warm, row) == trained(ChatCollator(switching), row) == "a<|im_end|>"
+
+
+@pytest.mark.parametrize("column", ["image_path", "imgs", "photo"])
+def test_a_column_of_pictures_under_another_name_is_refused(collator: ChatCollator, column: str) -> None:
+    value = {"image_path": "a.png", "imgs": [RED], "photo": {"bytes": b"x"}}[column]
+    with pytest.raises(RowError, match=f"row-17: unknown key '{column}', which holds pictures"):
+        collator([{"messages": [turn("user", "q"), turn("assistant", "a")], "id": "row-17", column: value}])

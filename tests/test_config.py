@@ -88,3 +88,10 @@ def test_lora_trains_the_language_model_whatever_the_recipe_trains_and_refuses_a
 def test_a_wrong_setting_says_what_was_expected(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         resolve(**settings)
+
+
+def test_the_policies_of_the_configuration_are_those_of_the_collator() -> None:
+    from vlm_dft.config import TOO_LONG
+    from vlm_dft.fitting import POLICIES
+
+    assert tuple(POLICIES) == TOO_LONG

@@ -92,3 +92,14 @@ def test_an_unknown_objective_names_the_nearest_and_all() -> None:
         ValueError, match=r"Unknown objective 'dtf'. Did you mean 'dft'\? Choose one of \['dft', 'nll'\]"
     ):
         find_objective("dtf")
+
+
+def test_turns_with_their_own_weight_and_objective_count_as_they_say() -> None:
+    torch.manual_seed(0)
+    logits, labels = torch.randn(1, 5, 7, dtype=torch.float64), torch.tensor([[-100, 3, 1, 6, 2]])
+    weights = torch.tensor([[1.0, 1.0, 0.5, 1.0, 2.0]])
+    ids = torch.tensor([[-1, -1, -1, 1, 1]])  # sorted names: dft, nll
+    loss = dft_loss(logits, labels, loss_weights=weights, objective_ids=ids)
+    log_p = [logits[0, t - 1].log_softmax(-1)[int(labels[0, t])].item() for t in range(1, 5)]
+    expected = -(math.exp(log_p[0]) * log_p[0] + 0.5 * math.exp(log_p[1]) * log_p[1] + log_p[2] + 2 * log_p[3]) / 4
+    assert sorted(OBJECTIVES)[1] == "nll" and loss.item() == pytest.approx(expected, rel=1e-6)

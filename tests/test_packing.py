@@ -391,16 +391,14 @@ def collator() -> ChatCollator:
 def test_the_self_test_passes_where_samples_are_isolated(
     kind: str, attention: str, dtype: torch.dtype, collator: ChatCollator
 ) -> None:
-    report = check_packing(copy.deepcopy(with_attention(kind, attention)).to(dtype), collator, fresh=True)
+    report = check_packing(copy.deepcopy(with_attention(kind, attention)).to(dtype), collator)
     assert report["attention"] == attention
     assert report["neighbour"] == 0.0  # the same shapes, so to the last bit
     assert report["alone"] < (1e-5 if dtype == torch.float32 else 0.05)
 
 
 def test_the_self_test_takes_a_collator_that_packs_by_itself() -> None:
-    report = check_packing(
-        with_attention("embedded", SEGMENTS), ChatCollator(load_processor("tiny"), packing=True), fresh=True
-    )
+    report = check_packing(with_attention("embedded", SEGMENTS), ChatCollator(load_processor("tiny"), packing=True))
     assert report["neighbour"] == 0.0 and report["alone"] < 1e-5
 
 
@@ -423,15 +421,23 @@ def test_the_self_test_catches_what_leaks(
     model = copy.deepcopy(with_attention(kind, attention)).to(dtype)
     leaking: Any = lambda rows: LEAKS[leak](pack(collator(rows)))  # noqa: E731
     with pytest.raises(ModelError, match="Packing leaks in .* differ by [0-9.]+"):
-        check_packing(model, leaking, fresh=True)
+        check_packing(model, leaking)
 
 
 def test_the_self_test_catches_positions_that_are_not_mrope(collator: ChatCollator) -> None:
-    wrong: Any = lambda rows: pack_batch(collator(rows), mrope=None)  # noqa: E731
+    def wrong(rows: Any) -> dict[str, Any]:
+        packed = pack_batch(collator(rows), mrope=MROPE["Qwen2_5_VLProcessor"])
+        return {**packed, "position_ids": packed["position_ids"][0]}
+
     for dtype in (torch.float32, torch.bfloat16):
         model = copy.deepcopy(with_attention("embedded", SEGMENTS)).to(dtype)
         with pytest.raises(ModelError, match="between alone and packed"):
-            check_packing(model, wrong, fresh=True)
+            check_packing(model, wrong)
+
+
+def test_a_family_of_unknown_three_dimensional_positions_is_not_packed(collator: ChatCollator) -> None:
+    with pytest.raises(ModelError, match="image_grid_thw, so its model has positions in three dimensions"):
+        pack_batch(collator(list(ROWS)), mrope=None)
 
 
 def test_the_self_test_notices_that_segments_do_not_reach_the_attention(collator: ChatCollator) -> None:
@@ -442,7 +448,7 @@ def test_the_self_test_notices_that_segments_do_not_reach_the_attention(collator
         forward = layer.forward
         layer.forward = lambda *a, _f=forward, **k: _f(*a, **{n: v for n, v in k.items() if n != "cu_seq_lens_q"})
     with pytest.raises(ModelError, match="cu_seq_lens_q did not reach"):
-        check_packing(model, collator, fresh=True)
+        check_packing(model, collator)
     assert segment_attention._dense_allowed
 
 
@@ -454,21 +460,17 @@ def test_the_self_test_leaves_the_model_as_it_was(collator: ChatCollator) -> Non
         parameter.grad = torch.ones_like(parameter)
     model.model.rope_deltas = "kept"
     modes, state = [m.training for m in model.modules()], torch.get_rng_state()
-    check_packing(model, collator, fresh=True)
+    check_packing(model, collator)
     assert [m.training for m in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), state)
     assert all(bool((p.grad == 1).all()) for p in model.parameters())
     assert model.model.rope_deltas == "kept"
 
 
-def test_the_self_test_runs_once_per_class_and_attention(collator: ChatCollator) -> None:
-    model = with_attention("embedded", SEGMENTS)
-    first = check_packing(model, collator)
-    untouched = copy.copy(collator)
-    untouched.processor = None  # a second run would fail on it
-    assert check_packing(model, untouched) is first
-    with pytest.raises(AttributeError):
-        check_packing(model, untouched, fresh=True)
+def test_the_self_test_leaves_nothing_in_the_collator() -> None:
+    collator = ChatCollator(load_processor("tiny"), packing=True, max_length=20)
+    check_packing(with_attention("embedded", SEGMENTS), collator)
+    assert not collator.counts and not collator._prompts_proved and collator.max_length == 20
 
 
 def test_a_model_with_lora_is_switched_and_checked(collator: ChatCollator) -> None:
@@ -476,7 +478,7 @@ def test_a_model_with_lora_is_switched_and_checked(collator: ChatCollator) -> No
 
     model = add_lora(copy.deepcopy(with_attention("embedded", "sdpa")), 2)
     use_segment_attention(model)
-    assert check_packing(model, collator, fresh=True)["attention"] == SEGMENTS
+    assert check_packing(model, collator)["attention"] == SEGMENTS
 
 
 # --- attention by segment ---------------------------------------------------------------------------------------------
@@ -668,7 +670,5 @@ def test_packed_samples_are_isolated_in_bf16_on_the_gpu(kind: str, attention: st
         model.set_attn_implementation(attention if attention != SEGMENTS else {"text_config": SEGMENTS})
         found = model(**packed).logits[0].float()
     assert ((found - expected).norm() / expected.norm()).item() < 0.05
-    assert check_packing(model, collator, fresh=True)["attention"] == attention
-    assert check_packing(model.float(), collator, fresh=True)["dtype"] == (
-        "float32" if attention == SEGMENTS else "bfloat16"
-    )
+    assert check_packing(model, collator)["attention"] == attention
+    assert check_packing(model.float(), collator)["dtype"] == ("float32" if attention == SEGMENTS else "bfloat16")

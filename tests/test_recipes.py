@@ -224,3 +224,20 @@ def test_conversations_of_three_other_projects_are_read_as_they_are(shared: Path
         examples, _ = load_recipe(read_recipe(str(shared / file)), str(shared / data))
         assert (len(examples), sum(len(e.images) for e in examples)) == counts
         assert all(image_size(i, where=e.id) > (100, 100) for e in examples for i in e.images)
+
+
+@pytest.mark.parametrize("form", ["string", "path", "part", "frame"])
+def test_no_form_of_a_source_leaves_the_data_folder(tmp_path: Path, form: str) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "secret.png").write_bytes(b"")
+    source: Any = "../secret.png" if form == "string" else {"path": "../secret.png"}
+    user: Any = {"role": "user", "content": "q"}
+    row: dict[str, Any] = {"id": "1", "messages": [user, {"role": "assistant", "content": "a"}]}
+    if form == "part":
+        user["content"] = [{"type": "image", "image": source}]
+    else:
+        row |= {"videos": [[source, source]]} if form == "frame" else {"images": [source]}
+    (tmp_path / "data" / "rows.jsonl").write_text(json.dumps(row))
+    card = {"name": "mine", "source": {"files": ["rows.jsonl"]}, "messages": None}
+    with pytest.raises(RowError, match="leaves the data folder"):
+        load_recipe(card, str(tmp_path / "data"))

@@ -330,7 +330,7 @@ def test_the_self_test_does_not_fail_on_the_runs_own_limit(processor: Any, drawn
     model = use_segment_attention(load_model("tiny"))
     for words in ({}, {"too_long": "drop"}, {"too_long": "shorten_answer"}):
         collator = ChatCollator(processor, packing=True, max_length=40, **words)  # type: ignore[arg-type]
-        assert check_packing(model, collator, fresh=True)["tokens"] == [43, 51]
+        assert check_packing(model, collator)["tokens"] == [43, 51]
         assert collator.max_length == 40 and not collator.counts
 
 

@@ -43,7 +43,6 @@ SOURCES = {
 }
 ROW_KEYS = ("messages", "images", "videos", "tools", "prompt", "completion", "id", "source")
 MARKERS = {"image": "<image>", "video": "<video>"}
-IMAGE_MARKER = MARKERS["image"]
 REASONING_NAMES = ("reasoning", "thinking")  # other names of reasoning_content
 
 
@@ -278,9 +277,13 @@ def as_example(row: Example | Mapping[str, Any], *, where: str = "example") -> E
     lost = sorted({"image", "video", "audio", "audios"} & set(fields))
     if lost:
         raise RowError(f"{name}: media are given as lists under 'images' and 'videos', found {lost[0]!r}.")
-    for key in fields:
+    for key, value in fields.items():
         if key not in ROW_KEYS and (meant := _misspelt(str(key))):
             raise RowError(f"{name}: unknown key {key!r}. Did you mean {meant!r}? Rename it, or take it out.")
+        if key not in ROW_KEYS and not fields.get("images") and _is_picture(value):
+            raise RowError(
+                f"{name}: unknown key {key!r}, which holds pictures. Give them as a list under 'images', or take it out."
+            )
     messages = check_messages(fields["messages"], where=name)
     media: dict[str, list[Any]] = {}
     for kind in SETTINGS:
@@ -310,6 +313,17 @@ def _listed(value: Any, found: str) -> list[Any]:
     raise RowError(f"{found} {brief(value)}.")
 
 
+def _is_picture(value: Any) -> bool:
+    """Whether a column's value looks like a picture, or a list of some: by its type, or by a file's ending."""
+    if isinstance(value, (list, tuple)):
+        return bool(value) and all(map(_is_picture, value))
+    if isinstance(value, Mapping):
+        return isinstance(value.get("bytes"), bytes)
+    if isinstance(value, str):
+        return len(value) < 1024 and value.lower().endswith((".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp"))
+    return hasattr(value, "getpixel")
+
+
 @lru_cache(maxsize=1024)
 def _misspelt(key: str) -> str:
     """The key of a row that another one is meant to be, if it is one letter or so away; other columns are none of ours."""
@@ -336,12 +350,12 @@ def _prompt_and_completion(prompt: Any, completion: Any, where: str) -> list[Any
     return [*context, *answered]
 
 
-def unroll(example: Example) -> list[Example]:
-    """One example per trained assistant turn, each ending with it and training it alone.
+def unroll(row: Example | Mapping[str, Any]) -> list[Example]:
+    """One example per trained assistant turn of a row (as as_example takes it), each ending with it and training it alone.
 
     For chat templates that drop the reasoning of earlier turns: unrolled, every turn is trained as it is at inference.
     """
-    unrolled = []
+    example, unrolled = as_example(row), []
     for k, message in enumerate(example.messages):
         if is_trained(message):
             before = [{**m, "train": False} if is_trained(m) else m for m in example.messages[:k]]

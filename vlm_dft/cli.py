@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_dft import __version__
-from vlm_dft.errors import UserError
+from vlm_dft.errors import RowError, UserError, printable
 
 ENDED_BY_USER = 130  # the shell's exit status for an interrupt
 TRAIN_FLAGS = {  # the settings that `vlm-dft train --help` names; every other field is a flag too
@@ -47,7 +47,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = str(error)
         if "Original Traceback" in message:  # a data loader's worker sends its own along
             message = message.rsplit(f"{type(error).__name__}: ", 1)[-1].rstrip()
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {printable(message)}", file=sys.stderr)
+        if isinstance(error, RowError) and words[:1] == ["train"]:
+            print(
+                "`vlm-dft inspect` shows rows with their tokens or what is wrong with them (-n, --start).",
+                file=sys.stderr,
+            )
         return 2
     except KeyboardInterrupt:
         print("\nInterrupted. The same command continues from the last checkpoint.", file=sys.stderr)
@@ -99,7 +104,9 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--html", metavar="FILE", help="write a page with pictures, every token to be pointed at")
     inspect.add_argument("--json", metavar="FILE", help="write the mask report and the failures here too")
     for name, text in INSPECT_SETTINGS.items():
-        inspect.add_argument(f"--{name.replace('_', '-')}", help=text)
+        inspect.add_argument(
+            f"--{name.replace('_', '-')}", f"--{name}", dest=name, help=text
+        )  # as `train` spells it, too
     inspect.set_defaults(run=_inspect)
 
     for kind in ("recipe", "benchmark"):

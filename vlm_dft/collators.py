@@ -18,7 +18,7 @@ from vlm_dft.batches import Encoded, Side, select
 from vlm_dft.chat import SIZE_SETTINGS, Example, Sample, as_example, is_trained, media_parts
 from vlm_dft.errors import MaskError, RowError
 from vlm_dft.explain import Explained, explain_row
-from vlm_dft.fitting import fit
+from vlm_dft.fitting import POLICIES, fit
 from vlm_dft.marking import Marked, Turn, mark_responses, mark_suffix, suffix_prompt
 from vlm_dft.masking import StraddleError, cover, cut_at, prove, token_targets, turn_settings
 from vlm_dft.measuring import Measured, measure
@@ -32,7 +32,6 @@ from vlm_dft.video import open_video, qwen_video
 
 PROMPT_PROOFS = 4  # samples per source whose prompt ids are compared with the inference prompt's
 TooLong = Literal["raise", "drop", "shorten_answer", "downscale"]
-TOO_LONG = ("raise", "drop", "shorten_answer", "downscale")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +90,7 @@ class ChatCollator:
             )
         for name, value, known in (
             ("padding_side", padding_side, ("right", "left")),
-            ("too_long", too_long, TOO_LONG),
+            ("too_long", too_long, tuple(POLICIES)),
             ("resize", resize, ("processor", "pillow")),
         ):
             if value not in known:
@@ -165,11 +164,17 @@ class ChatCollator:
         name = _name(row, 0)
         return measure(self, as_example(row, where=name), name, image_sizes)
 
+    def apart(self) -> ChatCollator:
+        """The same collator without limit on the length, whose counts and proofs are its own: for self-tests and looks."""
+        other = copy.copy(self)
+        other.counts, other._prompts_proved, other.max_length = Counter(), Counter(), None
+        return other
+
     def explain(self, row: Any) -> Explained:
         """What the model sees of one example, token by token, with the reason why each is or is not trained."""
         name = _name(row, 0)
-        fine = copy.copy(self)
-        fine._coarse, fine.counts = False, Counter()
+        fine = self.apart()
+        fine._coarse, fine.max_length = False, self.max_length
         done = fine._collate([as_example(row, where=name)], [name])
         labels = done.labels[0].numpy()[done.encoded.columns[0]].tolist()
         seen = self.processing.seen_sizes(done.encoded)

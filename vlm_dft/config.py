@@ -156,6 +156,10 @@ def read_config_file(path: str) -> dict[str, Any]:
     """The mapping in a YAML configuration file. Raises ConfigError."""
     import yaml
 
+    if Path(path).suffix in (".json", ".jsonl"):
+        raise ConfigError(
+            f"{path} is a file of rows, expected a YAML file of settings. Train on it with --recipe {path}."
+        )
     if not Path(path).is_file():
         raise ConfigError(f"No configuration file at {path!r}. Expected a YAML file of TrainConfig fields.")
     try:

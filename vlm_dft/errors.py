@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
+HIDDEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb"
+    "\ud800-\udfff\ue000-\uf8ff\U000e0000-\U000e007f\U000f0000-\U0010ffff]"
+)
+
 
 class UserError(ValueError):
     """Base of every error that is not a bug of ours; the command line prints it without a traceback."""
@@ -29,3 +36,8 @@ class ImageError(RowError):
 
 class MaskError(RowError):
     """A response mask that could not be made or failed its proof. Names the sample, the check, expected and found."""
+
+
+def printable(text: str) -> str:
+    """A text in which what a terminal would obey, and what nobody would see, is shown by its number: <U+001B>."""
+    return HIDDEN.sub(lambda found: f"<U+{ord(found[0]):04X}>", text)

@@ -10,6 +10,7 @@ from functools import cache
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from vlm_dft.errors import printable
 from vlm_dft.objectives import IGNORE
 
 if TYPE_CHECKING:
@@ -49,6 +50,19 @@ class Explained:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def __str__(self) -> str:
+        """The text with what is trained between ⟦ and ⟧, media and padding collapsed; then the turns and the notes."""
+        said = ""
+        for run in self.runs:
+            trained = run["reason"] in ("response", "end of turn")
+            said += f"⟦{run['text']}⟧" if trained else run["text"]
+        said = said.replace("⟧⟦", "")
+        turns = [f"message {t['message']}: {t['targets']} targets, found by {t['method']}" for t in self.turns]
+        figures = ", ".join(f"{count} {reason}" for reason, count in self.counts.items())
+        return printable(
+            "\n".join([f"{self.name}: {len(self)} tokens ({figures})", said.rstrip(), *turns, *self.notes])
+        )
 
     @property
     def counts(self) -> dict[str, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.text import Text
 
 from vlm_dft.chat import Example
-from vlm_dft.errors import RowError
+from vlm_dft.errors import RowError, printable
 from vlm_dft.explain import Explained, TokenView, mask_report
 from vlm_dft.fitting import fit
 from vlm_dft.recipes import example_of, recipe_root
@@ -33,10 +32,6 @@ STYLES = {  # text and ground are both set where a colour is, so that they are r
 }
 OPEN, CLOSE, ERROR, DROPPED = "⟦", "⟧", "bold red", "bold magenta"
 # What a terminal obeys, a browser reorders or nobody sees: shown by its number. \n and \t are handled apart.
-HIDDEN = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb"
-    "\ud800-\udfff\ue000-\uf8ff\U000e0000-\U000e007f\U000f0000-\U0010ffff]"
-)
 
 
 @dataclass(slots=True)
@@ -154,7 +149,7 @@ def report_json(rows: Sequence[Inspected]) -> dict[str, Any]:
 
 def visible(text: str) -> str:
     """A text with line breaks as ↵ and a real one, and what would be obeyed or unseen by its number: <U+001B>."""
-    return HIDDEN.sub(lambda found: f"<U+{ord(found[0]):04X}>", text).replace("\n", "↵\n")
+    return printable(text).replace("\n", "↵\n")
 
 
 # Drawing: an Inspected in, rich Text out. Nothing here prints.

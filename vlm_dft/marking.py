@@ -20,7 +20,6 @@ SENTINELS = re.compile("[\U00100000-\U0010ffef]")
 TAG = re.compile(
     r"(</?(?:think|reason|thought|analysis)\w*>|◁/?think▷|\[/?THINK\])", re.IGNORECASE
 )  # templates cut answers there
-SHAPE_PROOFS = 4  # conversations of a shape that are rendered without sentinels too
 REMEDIES = {"reasoning": ": write it into the content, between the model's own thinking tags, or take it out."}
 Span = tuple[int, int]
 
@@ -63,10 +62,9 @@ class Owner(NamedTuple):
 def mark_responses(example: Example, template: ChatTemplate, *, where: str) -> Marked:
     """Render an example and find the assistant's texts in it by sentinels, which works for any chat template.
 
-    Each trained text, reasoning and tool name is rendered between two private-use characters of its own, and what they
-    enclose must be the row's own words. For the first conversations of a shape (roles, fields, kinds of parts) the text
-    without them must also be the plain render, and begin with the inference prompt of the last answer. A turn's span runs
-    from the generation prompt's end to the end-of-turn token, so that it is all that the model must write by itself.
+    Each trained text, reasoning and tool name is rendered between two private-use characters of its own; what they enclose
+    must be the row's own words, the text without them the plain render, and its beginning the inference prompt of the last
+    answer. A turn's span runs from the generation prompt's end to the end-of-turn token: all that the model must write.
     Where a template renders a finished conversation otherwise than the prompt of its last answer, the text is that prompt
     and the answer. A template without an end-of-turn token gets the tokenizer's end of sequence after the last answer.
     Raises MaskError naming the sample.
@@ -84,31 +82,26 @@ def mark_responses(example: Example, template: ChatTemplate, *, where: str) -> M
     for kind, media in (("image", example.images), ("video", example.videos)):
         if not media and count_markers(example.messages, kind):
             notes.append(f"{MARKERS[kind]} kept as text: the row has no {kind}s")
-    last, shape = len(messages) - 1, _shape(messages, bool(example.tools))
-    proven, opened = template.proven[shape] >= SHAPE_PROOFS, 0
-    if not proven:
-        if tools and template.render(messages, where=where) == template.render(messages, tools=tools, where=where):
-            raise MaskError(
-                f"{where}: the chat template of {type(template.processor).__name__} leaves out the row's tools. Describe them in "
-                "the system's text, or take them out."
-            )
-        if template.render(messages, tools=tools, where=where) != plain:
-            raise MaskError(
-                f"{where}: the chat template changes the assistant's text, so the response cannot be found in it. Expected "
-                f"the template to render an assistant's content as it is.\n  rendered: {excerpt(plain, len(plain))}"
-            )
-        if is_trained(messages[last]) and last:
-            prompt = template.render(messages[:last], tools=tools, prompt=True, where=where)
-            opened = len(prompt)
-            if not plain.startswith(prompt):
-                history = template.render(marked[:last], tools=tools, prompt=True, where=where)
-                before = _spans(history, owners, where)
-                mine = {index: found[index] for index in indices[last] if index in found}
-                plain, moved = _after_prompt(prompt, messages, mine, plain, template, where)
-                found, proven = {**before, **moved}, True  # every conversation of this shape is made so
-                notes.append(
-                    "trained after the inference prompt: the template renders a finished conversation otherwise"
-                )
+    last, opened = len(messages) - 1, 0
+    if template.render(messages, tools=tools, where=where) != plain:
+        raise MaskError(
+            f"{where}: the chat template changes the assistant's text, so the response cannot be found in it. Expected "
+            f"the template to render an assistant's content as it is.\n  rendered: {excerpt(plain, len(plain))}"
+        )
+    if tools and template.render(messages, where=where) == plain:
+        raise MaskError(
+            f"{where}: the chat template of {type(template.processor).__name__} leaves out the row's tools. Describe them in "
+            "the system's text, or take them out."
+        )
+    if is_trained(messages[last]) and last:
+        prompt = template.render(messages[:last], tools=tools, prompt=True, where=where)
+        opened = len(prompt)
+        if not plain.startswith(prompt):
+            history = template.render(marked[:last], tools=tools, prompt=True, where=where)
+            mine = {index: found[index] for index in indices[last] if index in found}
+            plain, moved = _after_prompt(prompt, messages, mine, plain, template, where)
+            found = {**_spans(history, owners, where), **moved}
+            notes.append("trained after the inference prompt: the template renders a finished conversation otherwise")
     template.check_texts(messages, plain, where=where)
     turns: list[Turn] = []
     for k, message in enumerate(messages):
@@ -128,11 +121,8 @@ def mark_responses(example: Example, template: ChatTemplate, *, where: str) -> M
         pieces = list(mine.values())
         turn, plain = _extent(message, k, pieces, plain, template, turns[-1].end if turns else 0, k == last, where)
         if k == last and opened:
-            proven = proven or turn.start != opened  # found otherwise than by the prompt: look at each
             turn = replace(turn, start=opened, method="generation prompt")
         turns.append(turn)
-    if not proven:
-        template.proven[shape] += 1
     if turns[-1].end == len(plain) and not template.end and plain.endswith(template.tokenizer.eos_token or "\0"):
         notes.append("end of sequence added after the last answer: the chat template writes no end of turn")
     markup = template.markup(plain) if example.images or example.videos else []
@@ -186,18 +176,6 @@ def _check_same_prompt(messages: Sequence[Message], prompt: str, rendered: str, 
             f"{where}: the training prompt is not the inference prompt.\n  inference: {excerpt(prompt, len(prompt))!r}\n"
             f"  training:  {excerpt(rendered, len(rendered))!r}"
         )
-
-
-def _shape(messages: Sequence[Message], tools: bool) -> tuple[Any, ...]:
-    """What a template's branches look at: roles, fields, kinds of parts, thinking tags; not the words."""
-    return (
-        tools,
-        *(
-            (m["role"], is_trained(m), bool(TAG.search(text_of(m["content"]))), *sorted(m),
-             *(() if isinstance(m["content"], str) else (p["type"] for p in m["content"])))
-            for m in messages
-        ),
-    )  # fmt: skip
 
 
 def _check_answers(messages: Sequence[Message], where: str) -> None:

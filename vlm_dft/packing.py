@@ -123,6 +123,12 @@ def pack_batch(
     """
     if "attention_mask" not in batch or batch["attention_mask"].dim() != 2:
         raise ValueError(f"Expected a padded batch with attention_mask [B, L], found keys {sorted(batch)}.")
+    grids = [key for key in ("image_grid_thw", "video_grid_thw") if key in batch]
+    if mrope is None and grids:
+        raise ModelError(
+            f"The batch has {grids[0]}, so its model has positions in three dimensions, and no rule of theirs is known for this "
+            "processor. Train without packing, or add it to MROPE in packing.py."
+        )
     kept = batch["attention_mask"].bool()  # [B, L]
     lengths = kept.sum(1)  # [B]
     sizes = lengths.tolist()

@@ -418,10 +418,6 @@ class Processing:
         return sizes
 
 
-def _same(found: Any, value: Tensor) -> bool:
-    return isinstance(found, Tensor) and found.dtype == value.dtype and torch.equal(found, value)
-
-
 @contextmanager
 def naming(names: Sequence[str]) -> Any:
     """Give a processor's own refusal (an aspect ratio over 200, say) the names of the samples it was about."""

@@ -19,7 +19,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-KEYS = ("min_pixels", "max_pixels", "resized_height", "resized_width")  # Qwen's message keys that set an image's size
+from vlm_dft.chat import IMAGE_SETTINGS
+
+KEYS = IMAGE_SETTINGS  # Qwen's message keys that set an image's size
 BLOCK = 100_000  # pixels made float at a time: 1.2 MB; larger blocks leave the second-level cache
 BITS = torch.tensor([[0xFF], [0xFF00], [0xFF0000]], dtype=torch.int32)  # where a pixel's red, green and blue are
 BICUBIC = 3  # PIL.Image.Resampling.BICUBIC
@@ -253,7 +255,7 @@ def _height_width(image: object) -> tuple[int, int]:
     else:
         found = type(image).__name__
     raise TypeError(
-        f"Expected an RGB PIL image or a uint8 CPU tensor [3, H, W], found {found}. chat.open_image gives RGB."
+        f"Expected an RGB PIL image or a uint8 CPU tensor [3, H, W], found {found}. media.open_image gives RGB."
     )
 
 

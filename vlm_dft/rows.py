@@ -106,6 +106,8 @@ def locate(
 def _local(source: Any, root: Path | None, *, where: str, remote: bool, kind: str) -> Any:
     if isinstance(source, Path) and source.is_absolute():
         return source  # located before
+    if isinstance(source, Mapping) and source.get("bytes") is None and source.get("path") is not None:
+        return _local(source["path"], root, where=where, remote=remote, kind=kind)
     if not isinstance(source, (str, Path)):
         return source  # embedded bytes or a decoded image
     name = str(source)

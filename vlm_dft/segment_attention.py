@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -125,30 +124,21 @@ def use_segment_attention(model: Any) -> Any:
     return model
 
 
-_checked: dict[tuple[Any, ...], dict[str, Any]] = {}
-
-
-def check_packing(model: Any, collator: Any, *, fresh: bool = False) -> dict[str, Any]:
+def check_packing(model: Any, collator: Any) -> dict[str, Any]:
     """Prove on this model that packed samples do not see each other; raises ModelError with the size of the leak.
 
     Two samples with small drawn pictures are packed in one row. The last hidden states of each must be those of the
     sample alone, and those of the second must not change when the first becomes another one of the same length.
     collator: a ChatCollator, packing or not. Runs where the model is and in the autocast it is called in, without
     gradients; the model's modes, gradients and caches, and the random state, are as before.
-    Returns the differences and tolerances. Passed once per class, attention, precision and kind of collator, it is not
-    run again unless `fresh`.
+    Returns the differences and tolerances. The collator's limit and counts are left out of it.
     """
     whole = model.get_base_model() if hasattr(model, "get_base_model") else model  # under PEFT
     base, parameter = whole.base_model, next(whole.parameters())
     attention = str(whole.config.get_text_config()._attn_implementation)
     context, dtype = _precision(parameter, attention)
-    key = (type(whole), attention, dtype, parameter.device.type, type(collator))
-    if key in _checked and not fresh:
-        return _checked[key]
     first, second, other = _samples()
-    if getattr(collator, "max_length", None) is not None:  # a limit on the run's rows, which would drop or cut these
-        collator = copy.copy(collator)
-        collator.max_length = None
+    collator = collator.apart() if hasattr(collator, "apart") else collator
     with _undisturbed(model), torch.no_grad(), context:
         packed, swapped = (_packed(collator, [neighbour, second]) for neighbour in (first, other))
         try:
@@ -170,7 +160,7 @@ def check_packing(model: Any, collator: Any, *, fresh: bool = False) -> dict[str
                 f"Packing leaks in {name}: the hidden states of a token differ by {difference:.2g} of their size between "
                 f"{what}; expected at most {tolerance:g} in {str(dtype)[6:]}. Train without packing."
             )
-    _checked[key] = {
+    return {
         "model": type(whole).__name__,
         "attention": attention,
         "dtype": str(dtype)[6:],
@@ -179,7 +169,6 @@ def check_packing(model: Any, collator: Any, *, fresh: bool = False) -> dict[str
         "neighbour": found[1],
         "tolerance": list(TOLERANCES[dtype]),
     }
-    return _checked[key]
 
 
 _bounds: tuple[weakref.ref[Tensor], int, list[int]] | None = None

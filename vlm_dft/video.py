@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from vlm_dft.chat import VIDEO_SETTINGS
 from vlm_dft.errors import ImageError, RowError
 from vlm_dft.media import DEFAULT_ACCESS, MediaAccess, content_of, diagnosis, open_image, why
 
@@ -29,8 +30,6 @@ class Video:
     sample_fps: float  # sampled frames a second
 
 
-_SAMPLING_KEYS = ("fps", "nframes", "min_frames", "max_frames", "video_start", "video_end", "sample_fps", "raw_fps")
-_SIZE_KEYS = ("min_pixels", "max_pixels", "total_pixels", "resized_height", "resized_width")
 _MOV_FAMILY = "mov,mp4"  # FFmpeg's name of the container whose frame count is exact
 
 
@@ -106,8 +105,8 @@ def qwen_video(
 
 def _checked_keys(keys: Mapping[str, Any] | None, where: str) -> dict[str, Any]:
     keys = {k: v for k, v in (keys or {}).items() if k not in ("type", "video") and v is not None}
-    if unknown := sorted(set(keys) - {*_SAMPLING_KEYS, *_SIZE_KEYS}):
-        raise RowError(f"{where}: unknown video keys {unknown}. Known: {', '.join((*_SAMPLING_KEYS, *_SIZE_KEYS))}.")
+    if unknown := sorted(set(keys) - set(VIDEO_SETTINGS)):
+        raise RowError(f"{where}: unknown video keys {unknown}. Known: {', '.join(VIDEO_SETTINGS)}.")
     for key, value in keys.items():
         least = 0 if key == "video_start" else 1e-9
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < math.inf:
