@@ -8,7 +8,7 @@ import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, Literal
@@ -20,12 +20,11 @@ from torch import Tensor
 from vlm_dft.alignment import Bools, Ints, Row, align, take, without_breaks
 from vlm_dft.batches import Encoded, Layout, Side, join, padded, select
 from vlm_dft.errors import RowError
-from vlm_dft.qwen_images import QwenImages
+from vlm_dft.qwen_images import QwenImages, patches, resized, rules_of
 from vlm_dft.templates import ANSWER, BREAK, USER, ChatTemplate
 from vlm_dft.video import Video
 
 Settings = dict[str, Any]
-BICUBIC = 3  # Pillow's number
 REMEMBERED = 4096  # image sizes whose tokens are not counted again
 LOGGER = logging.getLogger("vlm_dft")
 
@@ -197,8 +196,7 @@ class Processing:
     def grids(self, sizes: Sequence[tuple[int, int]], settings: Sequence[Settings]) -> list[tuple[int, int, int]]:
         """(time, height, width) in patches of images of the given (height, width) and settings; Qwen-VL's processors alone."""
         assert self.fast is not None
-        pillow = replace(self.fast, resize="pillow")
-        rules = [pillow if own or self.resize == "pillow" else self.fast for own in settings]
+        rules = rules_of(self.fast, settings, self.resize)
         return [rule.grid(h, w, **own) for rule, (h, w), own in zip(rules, sizes, settings, strict=True)]
 
     def text_rows(self, texts: Sequence[str], names: Sequence[str], *, breaks: bool = False) -> list[Row]:
@@ -288,7 +286,9 @@ class Processing:
             self.check_settings(settings, samples[0].name)
             lists = [s.images for s in samples]
             if any(settings) or self.resize == "pillow":
-                lists, words["images_kwargs"] = self._sized(samples), {"do_resize": False}
+                assert self.fast is not None  # check_settings has seen to it
+                lists = [resized(self.fast, s.images, s.settings, self.resize) for s in samples]
+                words["images_kwargs"] = {"do_resize": False}
             words["images"] = lists if nested else [image for images in lists for image in images]
         if any(s.videos for s in samples):
             words |= self._video_words([video for s in samples for video in s.videos])
@@ -304,27 +304,6 @@ class Processing:
                 f"{name}: asks for {', '.join(asked)}. These settings are Qwen-VL's; {type(self.processor).__name__} has its "
                 "own sizes. Take them out, or resize the picture."
             )
-
-    def _sized(self, samples: Sequence[Rendered]) -> list[list[Any]]:
-        """Images resized here by the rules of _patches, for a call that must not resize them again."""
-        assert self.fast is not None
-        usual, pillow, patch = self.fast, replace(self.fast, resize="pillow"), self.fast.patch_size
-        lists = []
-        for sample in samples:
-            sized: list[Any] = []
-            for image, own in zip(sample.images, sample.settings, strict=True):
-                rule = pillow if own or self.resize == "pillow" else usual
-                _, rows, columns = rule.grid(image.height, image.width, **own)
-                size = (rows * patch, columns * patch)
-                if rule is pillow:
-                    image = image.resize(size[::-1], BICUBIC)
-                pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-                if rule is usual and size != tuple(pixels.shape[1:]):
-                    resize = torch.nn.functional.interpolate
-                    pixels = resize(pixels[None].contiguous(), size, mode="bicubic", antialias=True)[0]
-                sized.append(pixels)
-            lists.append(sized)
-        return lists
 
     def _video_words(self, videos: Sequence[Video]) -> dict[str, Any]:
         return {
@@ -368,7 +347,7 @@ class Processing:
         counts: list[int] = []
         if opened:
             with naming([s.name for s in samples]):
-                values, grid = self._patches(images, opened, settings)
+                values, grid = patches(images, opened, settings, self.resize)
             pixels = {"pixel_values": values, "image_grid_thw": grid}
             counts = (grid.prod(-1) // images.merge_size**2).tolist()
         image_id = int(self.processor.image_token_id)
@@ -391,16 +370,6 @@ class Processing:
         batch, columns = padded(rows, self.layout)
         batch["mm_token_type_ids"] = (batch["input_ids"] == image_id).long()
         return Encoded({**batch, **pixels}, rows, columns)
-
-    def _patches(
-        self, images: QwenImages, opened: Sequence[Any], settings: Sequence[Settings]
-    ) -> tuple[Tensor, Tensor]:
-        """pixel_values and grids; pictures with settings of their own are resized as qwen-vl-utils does."""
-        pillow = replace(images, resize="pillow")
-        if self.resize == "pillow" or not any(settings):
-            return (pillow if self.resize == "pillow" else images)(opened, settings)
-        parts = [(pillow if own else images)([one], [own]) for one, own in zip(opened, settings, strict=True)]
-        return torch.cat([values for values, _ in parts]), torch.cat([grid for _, grid in parts])
 
     def seen_sizes(self, encoded: Encoded) -> dict[str, list[Any]]:
         """The size of every image (height, width) and video (frames, height, width) in pixels, as the model is given it."""

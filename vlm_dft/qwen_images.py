@@ -219,6 +219,40 @@ def _order(width: int, patch: int, frames: int, merge: int) -> Tensor:
     return runs.permute(3, 1, 4, 0, 2).unsqueeze(4).expand(-1, -1, -1, -1, frames, -1).flatten()
 
 
+def rules_of(images: QwenImages, settings: Sequence[Mapping[str, Any]], resize: Resize) -> list[QwenImages]:
+    """How each picture is resized: one with settings of its own as qwen_vl_utils does, within the processor's limits."""
+    pillow = replace(images, resize="pillow")
+    return [pillow if own or resize == "pillow" else images for own in settings]
+
+
+def patches(
+    images: QwenImages, opened: Sequence[Any], settings: Sequence[Mapping[str, Any]], resize: Resize
+) -> tuple[Tensor, Tensor]:
+    """pixel_values and image_grid_thw of pictures, each by its own rule."""
+    rules = rules_of(images, settings, resize)
+    if all(rule is rules[0] for rule in rules):
+        return rules[0](opened, settings)
+    parts = [rule([one], [own]) for rule, one, own in zip(rules, opened, settings, strict=True)]
+    return torch.cat([values for values, _ in parts]), torch.cat([grid for _, grid in parts])
+
+
+def resized(
+    images: QwenImages, opened: Sequence[Image.Image], settings: Sequence[Mapping[str, Any]], resize: Resize
+) -> list[Tensor]:
+    """Pictures resized by the same rules, uint8 [3, H, W], for a processor that must not resize them again."""
+    found = []
+    for rule, image, own in zip(rules_of(images, settings, resize), opened, settings, strict=True):
+        _, rows, columns = rule.grid(image.height, image.width, **own)
+        size = (rows * rule.patch_size, columns * rule.patch_size)
+        if rule.resize == "pillow":
+            image = image.resize(size[::-1], Image.Resampling.BICUBIC)
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        if size != tuple(pixels.shape[1:]):
+            pixels = torch.nn.functional.interpolate(pixels[None].contiguous(), size, mode="bicubic", antialias=True)[0]
+        found.append(pixels)
+    return found
+
+
 def smart_resize(
     height: int, width: int, factor: int, min_pixels: int, max_pixels: int, *, rule: Resize = "processor"
 ) -> tuple[int, int]:
