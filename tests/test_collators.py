@@ -312,3 +312,11 @@ def test_a_column_of_pictures_under_another_name_is_refused(collator: ChatCollat
     value = {"image_path": "a.png", "imgs": [RED], "photo": {"bytes": b"x"}}[column]
     with pytest.raises(RowError, match=f"row-17: unknown key '{column}', which holds pictures"):
         collator([{"messages": [turn("user", "q"), turn("assistant", "a")], "id": "row-17", column: value}])
+
+
+def test_a_prompt_is_the_beginning_of_what_was_trained_and_never_holds_an_answer(collator: ChatCollator) -> None:
+    asked = {**ONE_TURN, "messages": ONE_TURN["messages"][:1]}
+    prompt, batch = collator.prompts([asked])["input_ids"][0], collator([ONE_TURN])
+    assert torch.equal(prompt, batch["input_ids"][0, : len(prompt)]) and int(batch["labels"][0, len(prompt)]) != -100
+    with pytest.raises(RowError, match="expected a row that ends before the answer"):
+        collator.prompts([ONE_TURN])

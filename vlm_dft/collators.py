@@ -140,11 +140,15 @@ class ChatCollator:
         """A batch ready for `model.generate` (padded on the left), from rows or Samples that end before the answer.
 
         The same rendering, escaping and resizing as in training: what a model is asked is what it was trained on.
+        Raises RowError for a row that ends with an answer.
         """
         prepared = []
         for k, row in enumerate(rows):
             name = _name(row, k)
-            prepared.append(self._prompt(as_example(_fields(row), where=name), name))
+            example = as_example(_fields(row), where=name)
+            if example.messages[-1]["role"] == "assistant":
+                raise RowError(f"{name}: expected a row that ends before the answer, found one. Give messages[:-1].")
+            prepared.append(self._prompt(example, name))
         return self._left(prepared).batch
 
     def prompt_text(self, row: Any) -> str:
