@@ -64,7 +64,8 @@ def test_two_processes_with_packed_rows_end_in_the_weights_of_one_with_padded_on
 def test_deepspeed_gathers_the_head_and_ends_in_the_weights_of_one_process(stage: int, tmp_path: Path) -> None:
     """With ZeRO-3 each rank holds half of the head: only a call through the module sees all of it."""
     engine_file = tmp_path / "deepspeed.json"
-    auto = dict.fromkeys(("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps"), "auto")
+    sizes = ("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps", "gradient_clipping")
+    auto = dict.fromkeys(sizes, "auto")  # without the last, accelerate clips at 1.0 whatever max_grad_norm says
     zero = {"stage": stage, "stage3_param_persistence_threshold": 0, "stage3_gather_16bit_weights_on_model_save": True}
     engine_file.write_text(json.dumps({"zero_optimization": zero, "zero_allow_untested_optimizer": True, **auto}))
     one, _ = train(tmp_path / "one", 1)
