@@ -23,9 +23,9 @@ from torch.utils.data import DataLoader
 from vlm_dft import ChatCollator
 from vlm_dft.cli import main
 from vlm_dft.errors import ImageError, RowError, UserError
-from vlm_dft.media import MediaAccess
 from vlm_dft.models import load_processor
 from vlm_dft.recipes import load_recipe, read_recipe
+from vlm_dft.sources import MediaAccess
 
 torch.set_num_threads(1)
 Row = dict[str, Any]

@@ -20,7 +20,8 @@ import torch
 from PIL import Image, ImageDraw
 
 from vlm_dft.errors import ConfigError, ImageError, RowError
-from vlm_dft.media import MediaAccess, image_size, open_image
+from vlm_dft.media import image_size, open_image
+from vlm_dft.sources import MediaAccess
 from vlm_dft.video import Video, open_video, qwen_video
 
 RED, WHITE, BLACK = (255, 0, 0), (255, 255, 255), (0, 0, 0)

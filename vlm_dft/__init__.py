@@ -12,17 +12,17 @@ if TYPE_CHECKING:
     from vlm_dft.collators import ChatCollator
     from vlm_dft.errors import MaskError
     from vlm_dft.linear_loss import fused_linear_loss
-    from vlm_dft.media import MediaAccess
     from vlm_dft.objectives import OBJECTIVES, dft_loss
     from vlm_dft.packing import PackedDataset
     from vlm_dft.scoring import score_response
     from vlm_dft.segment_attention import check_packing, use_segment_attention
+    from vlm_dft.sources import MediaAccess
 
 _HOME = {
     "ChatCollator": "collators",
     "Example": "chat",
     "MaskError": "errors",
-    "MediaAccess": "media",
+    "MediaAccess": "sources",
     "OBJECTIVES": "objectives",
     "PackedDataset": "packing",
     "Sample": "chat",

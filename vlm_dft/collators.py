@@ -22,11 +22,12 @@ from vlm_dft.fitting import POLICIES, fit
 from vlm_dft.marking import Marked, Turn, mark_responses, mark_suffix, suffix_prompt
 from vlm_dft.masking import StraddleError, cover, cut_at, prove, token_targets, turn_settings
 from vlm_dft.measuring import Measured, measure
-from vlm_dft.media import DEFAULT_ACCESS, MediaAccess, image_size, open_image
+from vlm_dft.media import image_size, open_image
 from vlm_dft.objectives import IGNORE
 from vlm_dft.packing import find_mrope, flatten_packs, pack_batch
 from vlm_dft.processing import Processing, Rendered, as_settings
 from vlm_dft.qwen_images import QwenImages
+from vlm_dft.sources import DEFAULT_ACCESS, MediaAccess
 from vlm_dft.templates import BREAK, ChatTemplate
 from vlm_dft.video import open_video, qwen_video
 
@@ -55,7 +56,7 @@ class ChatCollator:
         of turn is then no target); "downscale" its images until it fits. All but the first are counted in `counts`.
     packing: one row [1, total] without padding, samples isolated (see packing.py for what the model must be given).
     padding_side: "right" for training; "left" gives the same loss.
-    access: which files and hosts may be opened (media.MediaAccess). Default: any local path, no host.
+    access: which files and hosts may be opened (sources.MediaAccess). Default: any local path, no host.
     resize: "processor", or "pillow" for the pixels that qwen-vl-utils gives when it is told the processor's limits as
         min_pixels and max_pixels (Qwen-VL only; a few values in a thousand differ). Images with settings of their own
         always take the latter.

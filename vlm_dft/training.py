@@ -20,7 +20,6 @@ from vlm_dft.collators import ChatCollator
 from vlm_dft.config import TrainConfig
 from vlm_dft.errors import ModelError
 from vlm_dft.locate import deepspeed_file
-from vlm_dft.media import MediaAccess
 from vlm_dft.models import (
     add_lora,
     attach_loss,
@@ -32,6 +31,7 @@ from vlm_dft.models import (
 )
 from vlm_dft.runs import last_checkpoint, write_text
 from vlm_dft.segment_attention import check_packing, use_segment_attention
+from vlm_dft.sources import MediaAccess
 
 STAGING = ".incomplete"  # a checkpoint is written here and renamed into place when it is whole
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from vlm_dft.chat import VIDEO_SETTINGS
 from vlm_dft.errors import ImageError, RowError
-from vlm_dft.media import DEFAULT_ACCESS, MediaAccess, content_of, diagnosis, open_image, why
+from vlm_dft.media import diagnosis, open_image
+from vlm_dft.sources import DEFAULT_ACCESS, MediaAccess, content_of, why
 
 if TYPE_CHECKING:
     from PIL.Image import Image
