@@ -173,10 +173,11 @@ class Processing:
     def placed(self, row: Row, sample: Rendered) -> int:
         """Tokens of a row that stand where its text has an image placeholder."""
         own = self.template.placeholder("image") or ""
-        starts = [match.start() for match in re.finditer(re.escape(own), sample.text)] if own else []
         there = np.zeros(len(row.ids), np.bool_)
-        for start in starts:
-            there |= (row.start == start) & (row.end == start + len(own))
+        for match in (
+            re.finditer(f"(?:{re.escape(own)})+", sample.text) if own else []
+        ):  # neighbours' runs cannot be told apart
+            there |= (row.start >= match.start()) & (row.end <= match.end())
         return int((there & row.media).sum())
 
     def media_tokens(self, sizes: Sequence[tuple[int, int]], settings: Sequence[Settings]) -> list[int]:
