@@ -647,6 +647,53 @@ def test_hard_texts_as_an_earlier_answer(family: str) -> None:
     for_every_kind(family, make, asked=True)
 
 
+# --- the number of image tokens ---------------------------------------------------------------------------------------
+
+CANNOT_COUNT = {
+    "gemma3", "lfm2_vl", "llama4", "llava_onevision", "minicpmv4_6", "mllama", "molmo2", "paligemma", "smolvlm",
+}  # fmt: skip
+
+
+@every_family
+def test_a_processor_that_cannot_count_its_image_tokens_is_said_once(
+    family: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    collator = ChatCollator(build(family))
+    if family != "paligemma":
+        collator([text_only()])
+    assert not caplog.records
+    for _ in range(2):
+        collator([one_image()])
+        collator.measure(one_image())
+    said_of = [r.message for r in caplog.records if "rows are proven to have image tokens, not how many" in r.message]
+    assert len(said_of) == (family in CANNOT_COUNT) and len(caplog.records) == len(said_of)
+
+
+@pytest.mark.parametrize("by", [-1, 1])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in CANNOT_COUNT])
+def test_an_image_token_too_few_or_too_many_is_refused(family: str, by: int) -> None:
+    """The family's processor, one of whose image tokens is taken out or written twice."""
+    processor, wrong = copy.copy(build(family)), family in QWEN  # whose faster path must be seen to be off, too
+    usual = type(processor)
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        found = dict(usual.__call__(self, *args, **kwargs))
+        if not wrong or "pixel_values" not in found:
+            return found
+        at = int((found["input_ids"][-1] == image_id).nonzero()[1])
+        columns = [k for k in range(found["input_ids"].shape[1]) for _ in range(1 + by * (k == at))]
+        return {key: found[key][:, columns] if key in PER_TOKEN else found[key] for key in found}
+
+    image_id = processor.image_token_id
+    processor.__class__ = type(usual.__name__, (usual,), {"__call__": call})
+    collator = ChatCollator(processor)
+    if not wrong:
+        collator([one_image()])
+        wrong = True
+    with pytest.raises(MaskError, match=r"row-17: the pixels imply \d+ image tokens, the ids hold \d+"):
+        collator([{**one_image(), "id": "row-17"}])
+
+
 # --- literal control tokens ------------------------------------------------------------------------------------------
 
 

@@ -91,6 +91,11 @@ def media_parts(messages: Iterable[Message], kind: str) -> list[dict[str, Any]]:
     return [part for parts in lists for part in parts if part.get("type") == kind]
 
 
+def media_settings(messages: Iterable[Message], kind: str) -> list[dict[str, Any]]:
+    """What each part of one kind asks for its medium: all that it holds beside its type."""
+    return [{key: value for key, value in part.items() if key != "type"} for part in media_parts(messages, kind)]
+
+
 def check_messages(messages: Any, *, where: str) -> list[Message]:
     """Return copies of the messages with known keys and roles, absent values taken out; raise RowError naming `where`."""
     if not isinstance(messages, (list, tuple)) or not messages:

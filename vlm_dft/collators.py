@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vlm_dft.alignment import Ints
 from vlm_dft.batches import Encoded, Side, select
-from vlm_dft.chat import SIZE_SETTINGS, Example, Sample, as_example, is_trained, media_parts
+from vlm_dft.chat import SIZE_SETTINGS, Example, Sample, as_example, is_trained, media_parts, media_settings
 from vlm_dft.errors import MaskError, RowError
 from vlm_dft.explain import Explained, explain_row
 from vlm_dft.fitting import POLICIES, fit
@@ -25,7 +25,7 @@ from vlm_dft.measuring import Measured, measure
 from vlm_dft.media import image_size, open_image
 from vlm_dft.objectives import IGNORE
 from vlm_dft.packing import find_mrope, flatten_packs, pack_batch
-from vlm_dft.processing import Processing, Rendered, as_settings
+from vlm_dft.processing import Processing, Rendered
 from vlm_dft.qwen_images import QwenImages
 from vlm_dft.sources import DEFAULT_ACCESS, MediaAccess
 from vlm_dft.templates import BREAK, ChatTemplate
@@ -261,11 +261,11 @@ class ChatCollator:
 
     def rendered(self, example: Example, marked: Marked, name: str) -> Rendered:
         """The example with its media opened."""
-        settings = [as_settings(part) for part in media_parts(example.messages, "image")]
+        settings = media_settings(example.messages, "image")
         images = [open_image(i, where=f"{name}, image {k}", access=self.access) for k, i in enumerate(example.images)]
         videos = []
-        for k, (video, part) in enumerate(zip(example.videos, media_parts(example.messages, "video"), strict=True)):
-            where, keys = f"{name}, video {k}", as_settings(part)
+        for k, (video, keys) in enumerate(zip(example.videos, media_settings(example.messages, "video"), strict=True)):
+            where = f"{name}, video {k}"
             self.processing.check_settings([{key: v for key, v in keys.items() if key in SIZE_SETTINGS}], where)
             if self.processing.fast is not None:
                 videos.append(qwen_video(video, where=where, access=self.access, keys=keys,
@@ -323,7 +323,8 @@ class ChatCollator:
                 expected = int((grid.prod(-1) // merge**2).sum())
                 found = int((batch["input_ids"] == getattr(self.processor, f"{kind}_token_id")).sum())
                 self._equal(names, kind, expected, found)
-        known = "image_grid_thw" not in batch and self.processing.counts and any(one.images for one in rendered)
+        pictured = any(one.images for one in rendered)
+        known = pictured and "image_grid_thw" not in batch and self.processing.counts
         sizes = [(i.height, i.width) for one in rendered for i in one.images] if known else []
         expected_of = iter(self.processing.media_tokens(sizes, [{}] * len(sizes)))
         for row, one in zip(encoded.rows, rendered, strict=True):

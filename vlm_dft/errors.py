@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 HIDDEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb"
@@ -41,3 +43,14 @@ class MaskError(RowError):
 def printable(text: str) -> str:
     """A text in which what a terminal would obey, and what nobody would see, is shown by its number: <U+001B>."""
     return HIDDEN.sub(lambda found: f"<U+{ord(found[0]):04X}>", text)
+
+
+@contextmanager
+def naming(names: Sequence[str]) -> Iterator[None]:
+    """Give a processor's own refusal (an aspect ratio over 200, say) the names of the samples it was about."""
+    try:
+        yield
+    except RowError:
+        raise
+    except (ValueError, TypeError, IndexError, KeyError, RuntimeError) as error:
+        raise RowError(f"{', '.join(names)}: the processor refuses it: {error}") from error

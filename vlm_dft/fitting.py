@@ -6,11 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from vlm_dft.chat import IMAGE_SETTINGS, Example, Message, is_trained, media_parts
-from vlm_dft.errors import MaskError
+from vlm_dft.chat import IMAGE_SETTINGS, Example, Message, is_trained, media_settings
+from vlm_dft.errors import MaskError, naming
 from vlm_dft.measuring import Measured, count, measure, processed
 from vlm_dft.media import open_image
-from vlm_dft.processing import as_settings, naming
 
 if TYPE_CHECKING:
     from vlm_dft.collators import ChatCollator
@@ -78,7 +77,7 @@ def _own_sizes(collator: ChatCollator, example: Example, name: str) -> list[tupl
     sizes, rule = collator.sizes(example, name), collator.processing.fast
     if rule is None:
         return sizes
-    settings = [as_settings(part) for part in media_parts(example.messages, "image")]
+    settings = media_settings(example.messages, "image")
     with naming([name]):
         grids = collator.processing.grids(sizes, settings)
     return [(rows * rule.patch_size, columns * rule.patch_size) for _, rows, columns in grids]

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vlm_dft.alignment import Ints, Row
-from vlm_dft.chat import Example, media_parts
+from vlm_dft.chat import Example, media_settings
+from vlm_dft.errors import naming
 from vlm_dft.marking import Marked
 from vlm_dft.masking import StraddleError, cut_at, token_targets
-from vlm_dft.processing import as_settings, naming
 
 if TYPE_CHECKING:
     from vlm_dft.collators import ChatCollator
@@ -43,7 +43,7 @@ def measure(collator: ChatCollator, example: Example, name: str, sizes: Sizes | 
 def count(collator: ChatCollator, example: Example, marked: Marked, sizes: Sizes | None, name: str) -> Measured | None:
     """Measure from the text and image sizes alone; None where the processor cannot count its media's tokens rightly."""
     processing = collator.processing
-    settings = [as_settings(part) for part in media_parts(example.messages, "image")]
+    settings = media_settings(example.messages, "image")
     processing.check_settings(settings, name)
     if example.videos or processing.takes_suffix or (example.images and not processing.counts):
         return None
