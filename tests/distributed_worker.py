@@ -42,3 +42,5 @@ training.DFTTrainer.__init__ = remember  # type: ignore[method-assign]
 training.train_objective(config, "dft", examples, folder)
 if int(os.environ.get("RANK", "0")) == 0:
     (folder / "engine.json").write_text(json.dumps(engines[-1]))
+sys.stderr.flush()
+os._exit(0)  # as the command does: a thread of gloo may abort while Python is taken down
