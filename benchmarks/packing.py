@@ -43,7 +43,8 @@ from test_packing import (  # noqa: E402
 
 from vlm_dft.chat import Example  # noqa: E402
 from vlm_dft.collators import ChatCollator  # noqa: E402
-from vlm_dft.models import attach_loss, load_model, load_processor  # noqa: E402
+from vlm_dft.loss_head import attach_loss
+from vlm_dft.models import load_model, load_processor  # noqa: E402
 from vlm_dft.objectives import IGNORE  # noqa: E402
 from vlm_dft.packing import packing_report, plan_packs  # noqa: E402
 from vlm_dft.recipes import load_recipe, read_recipe  # noqa: E402

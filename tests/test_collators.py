@@ -89,7 +89,8 @@ def test_text_only_and_image_rows_share_a_batch(collator: ChatCollator) -> None:
 
 
 def test_left_and_right_padding_give_the_same_loss(processor: Any, drawn: list[Example]) -> None:
-    from vlm_dft.models import attach_loss, load_model
+    from vlm_dft.loss_head import attach_loss
+    from vlm_dft.models import load_model
 
     model = attach_loss(load_model("tiny"))
     losses = [

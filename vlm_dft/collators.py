@@ -15,15 +15,17 @@ from torch import Tensor
 
 from vlm_dft.alignment import Ints
 from vlm_dft.batches import Encoded, Side, select
+from vlm_dft.cards import nearest
 from vlm_dft.chat import SIZE_SETTINGS, Example, Sample, as_example, is_trained, media_parts, media_settings
 from vlm_dft.errors import MaskError, RowError
 from vlm_dft.explain import Explained, explain_row
 from vlm_dft.fitting import POLICIES, fit
+from vlm_dft.kinds import FORMAT_STRINGS, TokenKinds
 from vlm_dft.marking import Marked, Turn, mark_responses, mark_suffix, suffix_prompt
 from vlm_dft.masking import StraddleError, cover, cut_at, prove, token_targets, turn_settings
 from vlm_dft.measuring import Measured, measure
 from vlm_dft.media import image_size, open_image
-from vlm_dft.objectives import IGNORE
+from vlm_dft.objectives import IGNORE, OBJECTIVES
 from vlm_dft.packing import find_mrope, flatten_packs, pack_batch
 from vlm_dft.processing import Processing, Rendered
 from vlm_dft.qwen_images import QwenImages
@@ -62,6 +64,10 @@ class ChatCollator:
         always take the latter.
     template_options: variables of the chat template, such as {"enable_thinking": False}.
     tokens_per_second: the model's `vision_config.tokens_per_second`, needed only to pack videos of Qwen2.5-VL.
+    source_objectives: {source: name of OBJECTIVES} for the turns of a source that set no `objective` of their own.
+    tag_sources: sources to tell apart. The batch then has `token_kinds` [B, L] (bits of kinds.KINDS at targets, else 0)
+        and `source_ids` [B, L] (index into tag_sources at targets, else -1), for diagnostics and overrides.
+    format_strings: texts whose tokens are of the kind "format" there.
 
     Call it with a list of `Example`s or of dicts `{"messages": [...], "images": [...]}`. Returns `input_ids`,
     `attention_mask`, `labels` (all [B, L]) and every key the processor returned (`pixel_values`, `image_grid_thw`,
@@ -82,6 +88,9 @@ class ChatCollator:
         resize: Literal["processor", "pillow"] = "processor",
         template_options: Mapping[str, Any] | None = None,
         tokens_per_second: float | None = None,
+        source_objectives: Mapping[str, str] | None = None,
+        tag_sources: Sequence[str] | None = None,
+        format_strings: Sequence[str] = FORMAT_STRINGS,
     ) -> None:
         tokenizer = getattr(processor, "tokenizer", None)
         if tokenizer is None or not getattr(tokenizer, "is_fast", False):
@@ -106,6 +115,15 @@ class ChatCollator:
         self.padding_side = padding_side
         self.access = access
         self.tokens_per_second = tokens_per_second
+        self.source_objectives = dict(source_objectives or {})
+        for source, name in self.source_objectives.items():
+            if name not in OBJECTIVES:
+                raise ValueError(
+                    f"source_objectives: source {source!r} has the unknown objective {name!r}.{nearest(str(name), OBJECTIVES)} "
+                    f"Known: {', '.join(OBJECTIVES)}."
+                )
+        self.tag_sources = None if tag_sources is None else list(tag_sources)
+        self.kinds = TokenKinds(tokenizer, format_strings)
         self.template = ChatTemplate(processor, template_options)
         self.processing = Processing(processor, self.template, side=padding_side, resize=resize)
         if not self.template.source and not self.processing.takes_suffix:
@@ -125,11 +143,26 @@ class ChatCollator:
         batch = {
             **done.encoded.batch,
             "labels": done.labels,
-            **turn_settings(done.marked, done.runs, done.encoded.columns, done.labels),
-        }
+            **turn_settings(
+                done.marked, done.runs, done.encoded.columns, done.labels,
+                [self.source_objectives.get(source) for source in done.sources],
+            ),
+            **({} if self.tag_sources is None else self._tags(done)),
+        }  # fmt: skip
         if not self.packing:
             return batch
         return pack_batch(batch, mrope=find_mrope(self.processor), tokens_per_second=self.tokens_per_second)
+
+    def _tags(self, done: Labelled) -> dict[str, Tensor]:
+        """What each target is, and which source it is of."""
+        kinds, sources = torch.zeros_like(done.labels), torch.full_like(done.labels, -1)
+        known = {source: k for k, source in enumerate(self.tag_sources or ())}
+        for k, (row, runs) in enumerate(zip(done.encoded.rows, done.runs, strict=True)):
+            for run in runs:
+                columns = torch.from_numpy(done.encoded.columns[k][run])
+                kinds[k, columns] = torch.from_numpy(self.kinds(row.ids[run]))
+                sources[k, columns] = known.get(done.sources[k], -1)
+        return {"token_kinds": kinds, "source_ids": sources}
 
     def mark(self, example: Example, name: str) -> Marked:
         """Render an example and find the characters of its responses. Raises MaskError or RowError."""

@@ -9,6 +9,7 @@ import ast
 import dataclasses
 import importlib.util
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -18,7 +19,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 from vlm_dft.cards import nearest
 from vlm_dft.errors import CardError, ConfigError
 from vlm_dft.families import PARTS
-from vlm_dft.objectives import OBJECTIVES
+from vlm_dft.kinds import KINDS
+from vlm_dft.objectives import OBJECTIVES, find_objective
 
 TOO_LONG = ("raise", "drop", "shorten_answer", "downscale")
 RESIZE = ("processor", "pillow")
@@ -63,10 +65,6 @@ class TrainConfig:
     "Examples per forward pass of one process."
     max_length: int = 4096
     "Longest example in tokens; longer ones are dropped and counted, media are never cut."
-    min_pixels: int | None = None
-    "Smallest image area after resizing; null keeps the processor's."
-    max_pixels: int | None = None
-    "Largest image area after resizing; null keeps the processor's."
     limit: int | None = None
     "Use only the first rows of the recipe."
     eval_limit: int | None = None
@@ -75,10 +73,23 @@ class TrainConfig:
     "Training processes (GPUs); set by scripts/train_qwenvl.sh from NPROC."
     deepspeed: str | None = None
     "A DeepSpeed configuration file, or zero2 / zero3 for those in scripts/deepspeed/."
+    loss: dict[str, Any] = field(default_factory=dict)
+    "What is added to the objective: kl and kl_direction (forward, reverse), cadft (beta), full_weight (kinds of tokens)."
     collator: dict[str, Any] = field(default_factory=dict)
-    "Anything of ChatCollator's: too_long (drop unless set), packing, resize, template_options; and hosts to fetch images from."
+    "Anything of ChatCollator's: too_long (drop unless set), packing, resize, source_objectives, format_strings, template_options; "
+    "min_pixels and max_pixels (image areas after resizing; the processor's unless set); and hosts to fetch images from."
     trainer: dict[str, Any] = field(default_factory=dict)
     "Anything else of transformers' TrainingArguments, passed through."
+
+    @property
+    def min_pixels(self) -> int | None:
+        """Smallest image area after resizing; None: the processor's."""
+        return self.collator.get("min_pixels")
+
+    @property
+    def max_pixels(self) -> int | None:
+        """Largest image area after resizing; None: the processor's."""
+        return self.collator.get("max_pixels")
 
     @property
     def accumulation(self) -> int:
@@ -101,8 +112,15 @@ COLLATOR = (
     "resize",
     "template_options",
     "tokens_per_second",
+    "source_objectives",
+    "format_strings",
+    "min_pixels",
+    "max_pixels",
     "hosts",
 )  # what `collator` may hold
+LOSS = ("kl", "kl_direction", "cadft", "full_weight")  # what `loss` may hold
+DIRECTIONS = {"forward": "KL(start || model)", "reverse": "KL(model || start)"}
+OUTSIDE_BRACKETS = re.compile(r",(?![^(]*\))")  # commas between objectives, not between an objective's parameters
 FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig)}
 OWNED_BY_US = {  # HF name -> ours: two names for one setting would contradict each other
     "per_device_train_batch_size": "batch_size and micro_batch", "gradient_accumulation_steps": "batch_size",
@@ -123,6 +141,7 @@ def resolve_config(*layers: tuple[str, Mapping[str, Any]]) -> TrainConfig:
     values: dict[str, Any] = {}
     trainer: dict[str, Any] = {}
     collator: dict[str, Any] = {}
+    loss: dict[str, Any] = {}
     for where, layer in layers:
         for key, value in layer.items():
             if key == "trainer":
@@ -133,8 +152,14 @@ def resolve_config(*layers: tuple[str, Mapping[str, Any]]) -> TrainConfig:
                 if not isinstance(value, Mapping):
                     raise ConfigError(f"{where}: collator must be a mapping, found {value!r}.")
                 collator.update({name: _of_collator(name, v, where) for name, v in value.items()})
+            elif key == "loss":
+                if not isinstance(value, Mapping):
+                    raise ConfigError(f"{where}: loss must be a mapping, found {value!r}.")
+                loss.update({name: _of_loss(name, v, where) for name, v in value.items()})
             elif key in COLLATOR:
                 collator[key] = _of_collator(key, value, where)
+            elif key in LOSS:
+                loss[key] = _of_loss(key, value, where)
             elif key in FIELDS:
                 values[key] = _coerce(key, value, where)
             else:
@@ -147,7 +172,8 @@ def resolve_config(*layers: tuple[str, Mapping[str, Any]]) -> TrainConfig:
     processes, batch = values.get("processes", 1), values.get("batch_size", TrainConfig().batch_size)
     if "micro_batch" in values and not chosen and batch % processes == 0:  # a recipe's is the largest that fits
         values["micro_batch"] = math.gcd(values["micro_batch"], batch // processes)
-    config = TrainConfig(**values, collator=collator, trainer=trainer)
+    collator, loss = ({k: v for k, v in found.items() if v is not None} for found in (collator, loss))
+    config = TrainConfig(**values, loss=loss, collator=collator, trainer=trainer)
     _check(config)
     return config
 
@@ -175,10 +201,20 @@ def _check(config: TrainConfig) -> None:
     if not config.objective or len(set(config.objective)) != len(config.objective):
         raise ConfigError(f"objective: expected one or several different names, found {config.objective}.")
     for name in config.objective:
-        if name not in OBJECTIVES:
-            raise ConfigError(
-                f"Unknown objective {name!r}.{nearest(name, OBJECTIVES)} Choose from {', '.join(OBJECTIVES)}."
-            )
+        try:
+            find_objective(name)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+    if bool(config.loss.get("kl")) != ("kl_direction" in config.loss):
+        raise ConfigError(
+            f"kl and kl_direction belong together, found kl = {config.loss.get('kl')} and kl_direction = "
+            f"{config.loss.get('kl_direction')}. Directions: {', '.join(f'{k} = {v}' for k, v in DIRECTIONS.items())}."
+        )
+    if config.loss.get("kl") and not config.lora and config.deepspeed:
+        raise ConfigError(
+            "kl without LoRA keeps a whole copy of the starting model, which DeepSpeed does not shard. Use LORA=RANK (the "
+            "reference is then the model without its adapters), or leave out deepspeed."
+        )
     unknown = [p for p in config.train_parts if p not in PARTS]
     if unknown or not config.train_parts:
         raise ConfigError(f"train_parts: expected some of {', '.join(PARTS)}, found {config.train_parts}.")
@@ -187,7 +223,7 @@ def _check(config: TrainConfig) -> None:
     for name in ("epochs", "learning_rate", "batch_size", "micro_batch", "max_length", "processes"):
         if not 0 < getattr(config, name) < math.inf:  # not nan either
             raise ConfigError(f"{name} must be positive and finite, found {getattr(config, name)}.")
-    for name in ("limit", "eval_limit", "min_pixels", "max_pixels"):
+    for name in ("limit", "eval_limit"):
         value = getattr(config, name)
         if value is not None and value <= 0:
             raise ConfigError(f"{name} must be positive or null, found {value}.")
@@ -206,11 +242,68 @@ def _of_collator(name: str, value: Any, where: str) -> Any:
         raise ConfigError(
             f"{where}: unknown setting {name!r} of collator.{nearest(name, COLLATOR)} Known: {', '.join(COLLATOR)}."
         )
-    value = value.split(",") if name == "hosts" and isinstance(value, str) else _plain(value)
+    if name in ("min_pixels", "max_pixels"):
+        return _positive(name, value, where)
+    if name == "source_objectives":
+        return _source_objectives(value, where)
+    value = value.split(",") if name in ("hosts", "format_strings") and isinstance(value, str) else _plain(value)
     known = {"too_long": TOO_LONG, "resize": RESIZE, "packing": (True, False)}.get(name)
     if known is not None and value not in known:
         raise ConfigError(f"{where}: {name} must be one of {', '.join(map(str, known))}, found {value!r}.")
     return value
+
+
+def _positive(name: str, value: Any, where: str) -> int | None:
+    """A positive whole number, or None."""
+    found = _plain(value)
+    if found in (None, "", "null", "none"):
+        return None
+    if isinstance(found, bool) or not isinstance(found, (int, float)) or int(found) != found or found <= 0:
+        raise ConfigError(f"{where}: {name} must be a whole number above 0 or null, found {value!r}.")
+    return int(found)
+
+
+def _source_objectives(value: Any, where: str) -> dict[str, str]:
+    """{source: objective}, as a mapping or as source=objective,source=objective."""
+    if isinstance(value, str):
+        pairs = [piece.rsplit("=", 1) for piece in value.split(",") if piece.strip()]
+        value = (
+            {pair[0].strip(): pair[-1].strip() for pair in pairs} if all(len(pair) == 2 for pair in pairs) else value
+        )
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where}: source_objectives must be source=objective,..., found {value!r}.")
+    for source, name in value.items():
+        if name not in OBJECTIVES:
+            raise ConfigError(
+                f"{where}: source_objectives gives {source!r} the unknown objective {name!r}.{nearest(str(name), OBJECTIVES)} "
+                f"Known (without parameters): {', '.join(OBJECTIVES)}."
+            )
+    return dict(value)
+
+
+def _of_loss(name: str, value: Any, where: str) -> Any:
+    if name not in LOSS:
+        raise ConfigError(f"{where}: unknown setting {name!r} of loss.{nearest(name, LOSS)} Known: {', '.join(LOSS)}.")
+    if name == "full_weight":
+        kinds = [kind.strip() for kind in (value.split(",") if isinstance(value, str) else value or ()) if kind.strip()]
+        unknown = [kind for kind in kinds if kind not in KINDS]
+        if unknown:
+            raise ConfigError(
+                f"{where}: full_weight takes kinds of tokens, found {unknown[0]!r}.{nearest(unknown[0], KINDS)} Known: "
+                f"{', '.join(KINDS)}; texts of your own go into format_strings, and `format` into full_weight."
+            )
+        return kinds
+    if value in (None, "", "null", "none"):
+        return None
+    if name == "kl_direction":
+        if value not in DIRECTIONS:
+            said = ", ".join(f"{k} = {v}" for k, v in DIRECTIONS.items())
+            raise ConfigError(f"{where}: kl_direction must be one of {said}; found {value!r}.")
+        return value
+    number = _plain(value)
+    if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 <= number < math.inf:
+        raise ConfigError(f"{where}: {name} must be a number, 0 or more, found {value!r}.")
+    return float(number)
 
 
 def _passed_through(name: str, value: Any, where: str) -> Any:
@@ -220,9 +313,9 @@ def _passed_through(name: str, value: Any, where: str) -> Any:
     if name == "max_steps" and not isinstance(_plain(value), int):
         raise ConfigError(f"{where}: max_steps must be a whole number, found {value!r}.")
     if name not in known:
-        everything = [*FIELDS, *COLLATOR, *known]
+        everything = [*FIELDS, *COLLATOR, *LOSS, *known]
         raise ConfigError(
-            f"{where}: unknown setting {name!r}.{nearest(name, everything)} Ours: {', '.join([*FIELDS, *COLLATOR])}; "
+            f"{where}: unknown setting {name!r}.{nearest(name, everything)} Ours: {', '.join([*FIELDS, *COLLATOR, *LOSS])}; "
             "and every field of transformers' TrainingArguments."
         )
     return _plain(value)
@@ -250,7 +343,7 @@ def _coerce(name: str, value: Any, where: str) -> Any:
     target = next((k for k in options if k is not type(None)), kind)
     try:
         if get_origin(target) is list:
-            items = value.split(",") if isinstance(value, str) else list(value)
+            items = OUTSIDE_BRACKETS.split(value) if isinstance(value, str) else list(value)
             return [str(item).strip() for item in items if str(item).strip()]
         if target is int:
             if isinstance(value, bool) or (not isinstance(value, str) and int(value) != value):

@@ -1,81 +1,234 @@
-"""Diagnostics: detached log-probabilities of response tokens in, the numbers that say whether DFT fits out."""
+"""Diagnostics: detached statistics of response tokens in, numbers for the loggers and alarms of starvation out."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vlm_dft.objectives import IGNORE
+from vlm_dft.kinds import KINDS, MEANING
 
-STRONG, WEAK = 0.5, 0.1  # mean p of the responses: DFT holds above, SFT wins below (arXiv 2508.05629, 2510.00526)
-STARVED_FEW, STARVED_MANY = 0.05, 0.2  # share of tokens with p < 0.1; ours, from the embedded recipes (README)
+LOW_P, LOW_ENTROPY = 0.1, 0.5  # a token that the model is sure is another one: p below, entropy in nats below
+
+EDGES = (0.0, 1e-4, 1e-3, 0.01, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+"""Edges of the histogram of p; a bin holds its lower edge, the last one both."""
+FINE = tuple(sorted({*EDGES, *(k / 200 for k in range(201))}))  # of the histogram that medians are read off
+
+COLUMNS = (
+    "tokens", "nll", "p", "below_0.1", "below_0.01", "above_0.9", "weight", "weight2", "error", "pull", "pull_below_0.1",
+    "entropy", "confident_other", "kl",
+)  # fmt: skip
+"""Sums over tokens. error: 1 - p, the size of the gradient of -log p on the target's logit; pull: w x error."""
+GROUPS = ("all", *KINDS)
+
+PATIENCE = 3  # logs in a row until what starves is called starved
+ENOUGH = 8  # tokens of a kind between two logs, to judge by
+STARVED_SHARE, STARVED_PULL = 0.5, 0.1  # most of a kind's tokens below p = 0.1, with a tenth of SFT's pull or less
+CONSEQUENCES = {
+    "all": "the model hardly learns this source", "first": "the model does not learn to begin its answers this way",
+    "digit": "the model does not learn these numbers", "format": "the model does not learn the format",
+    "answer": "the model does not learn the final answers", "end": "the model does not learn to stop",
+}  # fmt: skip
 
 
-def token_summary(log_p: Tensor, lengths: Sequence[int]) -> dict[str, float | int]:
-    """Summary of log p [n] of response tokens under one model; `lengths`: tokens of each response, in order (sum n).
+class TokenDiagnostics:
+    """Collects what the loss saw of its tokens, and sums it up over all processes when it is logged."""
 
-    stderr_p is that of a mean over responses: the tokens of one response are not independent.
-    """
-    if log_p.numel() == 0 or sum(lengths) != log_p.numel():
-        raise ValueError(
-            f"Expected the log p of responses of at least one token, found {log_p.numel()} of {sum(lengths)}."
+    def __init__(self, sources: Sequence[str] = ()) -> None:
+        """sources: names for `source_ids`; tokens of none of them are counted under the total alone."""
+        self.sources = list(sources)
+        self.seen: list[tuple[dict[str, Tensor], Tensor | None, Tensor | None]] = []
+
+    def add(self, stats: Mapping[str, Tensor], kinds: Tensor | None = None, sources: Tensor | None = None) -> None:
+        """Keep `log_p`, `weight`, `entropy` [n] (and `kl` [n]); token_kinds and source_ids [n] where there are any."""
+        kept = {name: stats[name].detach() for name in ("log_p", "weight", "entropy", "kl") if name in stats}
+        self.seen.append((kept, kinds, sources))
+
+    def summary(self, reduce: Callable[[Tensor], Tensor] = lambda sums: sums) -> tuple[dict[str, float], Tensor]:
+        """Numbers since the last call for a logger, and the sums [sources + 1, GROUPS, COLUMNS] behind them.
+
+        reduce: sums a tensor over processes; all of them must call at once. Empty where no process saw a token.
+        """
+        sums, histogram = self._sums()
+        joined = reduce(torch.cat([sums.flatten(), histogram]))
+        self.seen.clear()
+        sums, histogram = joined[: sums.numel()].view(sums.shape).cpu(), joined[sums.numel() :].cpu()
+        total = sums.sum(0)[0]
+        if not total[0] > 0:
+            return {}, sums
+        found = {**_numbers(total), "median_p": _median(histogram)}
+        found |= {f"p_histogram/{name}": share for name, share in _histogram(histogram).items()}
+        for k, kind in enumerate(GROUPS[1:], 1):
+            row = sums.sum(0)[k]
+            if row[0] > 0:
+                found |= {f"kind/{kind}/{name}": value for name, value in _numbers(row, few=True).items()}
+        named = [(source, sums[k, 0]) for k, source in enumerate(self.sources) if sums[k, 0, 0] > 0]
+        for source, row in named if len(self.sources) > 1 else []:
+            found |= {f"source/{source}/{name}": value for name, value in _numbers(row, few=True).items()}
+        return found, sums
+
+    def _sums(self) -> tuple[Tensor, Tensor]:
+        """Sums of COLUMNS for every source (the last: none) and group, and counts in the bins of FINE; double."""
+        count = len(self.sources) + 1
+        device = self.seen[0][0]["log_p"].device if self.seen else torch.device("cpu")
+        sums = torch.zeros(count, len(GROUPS), len(COLUMNS), dtype=torch.float64, device=device)
+        histogram = torch.zeros(len(FINE) - 1, dtype=torch.float64, device=device)
+        for stats, kinds, sources in _joined(self.seen):
+            columns, p = _columns(stats)
+            member = columns.new_ones(len(columns), len(GROUPS))
+            for k, bit in enumerate(KINDS.values(), 1):
+                member[:, k] = 0 if kinds is None else (kinds & bit) != 0
+            own = torch.full((len(columns),), count - 1, device=device) if sources is None else sources % count
+            for k in range(count):
+                rows = own == k
+                sums[k] += member[rows].T @ columns[rows]
+            histogram += _counts(p)
+        return sums, histogram
+
+
+def _joined(
+    seen: Sequence[tuple[dict[str, Tensor], Tensor | None, Tensor | None]],
+) -> Iterable[tuple[dict[str, Tensor], Tensor | None, Tensor | None]]:
+    """What was seen, in few large pieces."""
+    if not seen:
+        return
+    alike: dict[tuple[Any, ...], list[Any]] = {}
+    for stats, kinds, sources in seen:
+        alike.setdefault((tuple(stats), kinds is None, sources is None), []).append((stats, kinds, sources))
+    for (names, no_kinds, no_sources), rows in alike.items():
+        yield (
+            {name: torch.cat([stats[name] for stats, _, _ in rows]) for name in names},
+            None if no_kinds else torch.cat([kinds for _, kinds, _ in rows]),
+            None if no_sources else torch.cat([sources for _, _, sources in rows]),
         )
-    p = log_p.double().exp()
-    mean, count = p.mean(), len(lengths)
-    excess = torch.stack([(part - mean).sum() for part in p.split(list(lengths))])  # of a ratio of sums
-    spread = (excess.square().sum() * count / max(1, count - 1)).sqrt() / p.numel()
+
+
+def _columns(stats: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """[n, COLUMNS] of n tokens, and their p [n]."""
+    log_p, weight, entropy = (stats[name].double() for name in ("log_p", "weight", "entropy"))
+    p = log_p.exp()
+    error = -log_p.expm1()
+    pull, low = weight * error, (p < LOW_P).double()
+    kl = stats["kl"].double() if "kl" in stats else torch.zeros_like(p)
+    found = [
+        torch.ones_like(p), -log_p, p, low, p < 0.01, p > 0.9, weight, weight.square(), error, pull, pull * low, entropy,
+        low * (entropy < LOW_ENTROPY), kl,
+    ]  # fmt: skip
+    return torch.stack([column.double() for column in found], dim=1), p
+
+
+def _numbers(row: Tensor, *, few: bool = False) -> dict[str, float]:
+    """Means and shares from a row of sums; few: the ones that a part of the tokens is told by."""
+    s = dict(zip(COLUMNS, row.tolist(), strict=True))
+    n = s["tokens"]
+    found = {
+        "mean_p": s["p"] / n,
+        "share_p_below_0.1": s["below_0.1"] / n,
+        "mean_weight": s["weight"] / n,
+        "nll": s["nll"] / n,
+    }
+    if few:
+        return {"tokens": int(n), **found}
     return {
-        "tokens": log_p.numel(),
-        "responses": count,
-        "mean_p": mean.item(),
-        "stderr_p": spread.item(),
-        "median_p": p.median().item(),
-        "share_p_below_0.1": (p < 0.1).double().mean().item(),
-        "share_p_above_0.9": (p > 0.9).double().mean().item(),
-        "nll": -log_p.double().mean().item(),
+        "response_tokens": int(n),
+        **found,
+        "mean_error": s["error"] / n,  # 1 - p
+        "share_p_below_0.01": s["below_0.01"] / n,
+        "share_p_above_0.9": s["above_0.9"] / n,
+        "effective_sample_size": s["weight"] ** 2 / (n * s["weight2"]) if s["weight2"] else 0.0,
+        "gradient_mass_below_0.1": s["pull_below_0.1"] / s["pull"] if s["pull"] else 0.0,
+        "entropy": s["entropy"] / n,
+        "share_low_p_low_entropy": s["confident_other"] / n,
+        **({"kl": s["kl"] / n} if s["kl"] else {}),
     }
 
 
-@torch.no_grad()
-def gauge(model: Any, batches: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """The capability gauge: a model's p of the response tokens of batches, before any training on them.
-
-    The model has the fused loss attached (models.attach_loss). Returns token_summary plus "prior" ("strong", "middle",
-    "weak") and "prediction": what it lets one expect of DFT against SFT, in words.
-    """
-    model.eval()
-    device = next(model.parameters()).device
-    found, lengths = [], list[int]()
-    for batch in batches:
-        moved = {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
-        found.append(model(**moved, objective="nll")["log_p"].cpu())
-        lengths += (batch["labels"] != IGNORE).sum(1).tolist()
-    summary: dict[str, Any] = token_summary(torch.cat(found), lengths)
-    prior, prediction = predict(summary["mean_p"], summary["share_p_below_0.1"])
-    return {**summary, "prior": prior, "prediction": prediction}
+def _histogram(counts: Tensor) -> dict[str, float]:
+    """{"0.1-0.2": share of tokens} in the bins of EDGES, from counts in the bins of FINE."""
+    shares = (counts / counts.sum()).tolist()
+    bins = pairwise(EDGES)
+    return {
+        f"{low:g}-{high:g}": sum(share for share, edge in zip(shares, FINE, strict=False) if low <= edge < high)
+        for low, high in bins
+    }
 
 
-def predict(mean_p: float, starved: float) -> tuple[str, str]:
-    """("strong" | "middle" | "weak", what to expect) from the mean p and the share of response tokens with p < 0.1.
+def p_histogram(p: Tensor) -> dict[str, float]:
+    """{"0.1-0.2": share of tokens} of probabilities [n], in the bins of EDGES."""
+    return _histogram(_counts(p))
 
-    The mean alone misleads where responses are long and regular: easy tokens lift it, while the few that carry the new
-    skill may all be starved. So both have to be good for a strong prior, and either can make it weak.
-    """
-    found = f"mean p {mean_p:.2f}, {starved:.0%} of the tokens below p = 0.1"
-    if mean_p < WEAK or starved > STARVED_MANY:
-        return "weak", (
-            f"weak prior ({found}): DFT weighs a token by its p, so what is new here hardly pulls. Plain SFT is expected to "
-            "learn it faster; use OBJECTIVE=nll."
+
+def _counts(p: Tensor) -> Tensor:
+    """Counts of probabilities [n] in the bins of FINE."""
+    inner = torch.tensor(FINE[1:-1], dtype=p.dtype, device=p.device)
+    return torch.bincount(torch.bucketize(p, inner, right=True), minlength=len(FINE) - 1)
+
+
+def _median(counts: Tensor) -> float:
+    """The median of p, read off counts in the bins of FINE: right to the width of a bin, 0.005 or less."""
+    upto = counts.cumsum(0)
+    half = float(upto[-1]) / 2
+    k = int(torch.searchsorted(upto, half))
+    inside = (half - float(upto[k] - counts[k])) / float(counts[k])
+    return FINE[k] + inside * (FINE[k + 1] - FINE[k])
+
+
+@dataclass(frozen=True, slots=True)
+class Alarm:
+    """Tokens that the objective starves."""
+
+    step: int
+    source: str  # "" for all sources together
+    kind: str  # one of GROUPS
+    tokens: int  # since the last log
+    mean_p: float
+    share_p_below_0_1: float
+    pull: float  # of what SFT would give them
+
+    @property
+    def message(self) -> str:
+        """What is happening and what to do."""
+        what = "response tokens" if self.kind == "all" else MEANING[self.kind]
+        of = f" of source {self.source}" if self.source else ""
+        remedies = [
+            "OBJECTIVE='floor(minimum=0.1)' or 'mix(share=0.2)' keeps a pull on every token",
+            f"--source_objectives {self.source or 'SOURCE'}=nll trains this source by plain SFT",
+        ]
+        if self.kind != "all":
+            remedies.insert(0, f"--full_weight {self.kind} gives these tokens the weight 1")
+        return (
+            f"starved at step {self.step}: {what}{of} have mean p {self.mean_p:.3f}, {self.share_p_below_0_1:.0%} of "
+            f"{self.tokens:,} are below 0.1, and they get {self.pull:.1%} of the pull of SFT; {CONSEQUENCES[self.kind]}. "
+            f"{'; '.join(remedies)}."
         )
-    if mean_p >= STRONG and starved < STARVED_FEW:
-        return "strong", (
-            f"strong prior ({found}): DFT is expected to keep what the model knows and to resist wrong labels, which have "
-            "low p; plain SFT to follow them."
-        )
-    return "middle", (
-        f"middle prior ({found}): neither is expected to win clearly; the more tokens are below 0.1, the more SFT is "
-        "favoured. Compare with OBJECTIVE=dft,nll."
-    )
+
+    def as_dict(self) -> dict[str, Any]:
+        """As written to metrics.jsonl."""
+        return {**asdict(self), "message": self.message}
+
+
+class StarvationAlarms:
+    """Watches the sums of every log; raises an alarm, once for each source and kind, where tokens starve for PATIENCE logs."""
+
+    def __init__(self, sources: Sequence[str] = ()) -> None:
+        self.sources = [*sources, ""]
+        self._in_a_row: dict[tuple[str, str], int] = {}
+
+    def check(self, step: int, sums: Tensor) -> list[Alarm]:
+        """New alarms from the sums [sources + 1, GROUPS, COLUMNS] since the last log."""
+        found = []
+        for k, source in enumerate(self.sources):
+            for group, row in zip(GROUPS, sums[k].tolist(), strict=True):
+                s = dict(zip(COLUMNS, row, strict=True))
+                if s["tokens"] < ENOUGH:
+                    continue
+                low, pull = s["below_0.1"] / s["tokens"], s["pull"] / s["error"] if s["error"] else 1.0
+                starved = low >= STARVED_SHARE and pull < STARVED_PULL
+                count = self._in_a_row[source, group] = self._in_a_row.get((source, group), 0) + 1 if starved else 0
+                if count == PATIENCE:
+                    found.append(Alarm(step, source, group, int(s["tokens"]), s["p"] / s["tokens"], low, pull))
+        return found

@@ -2,26 +2,44 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from vlm_dft.anchor import Anchor
+from vlm_dft.loss_tiles import CHUNK, Call, Term, run_tiles
 from vlm_dft.objectives import IGNORE, Objective, find_objective
 
-CHUNK = 256  # rows of logits alive at a time: [256, V] fp32 is 156 MB at V = 151,936
+
+@dataclass(frozen=True, slots=True)
+class LossStats:
+    """What the loss saw of its n targets, in their order, detached: for diagnostics, at no second pass."""
+
+    log_p: Tensor  # [n], fp32
+    weight: Tensor  # [n], of the objective; token_weights are not in it
+    entropy: Tensor  # [n], of the predicted distribution, in nats
+    kl: Tensor | None = None  # [n], to the anchor, where there is one
 
 
 @overload
 def fused_linear_loss(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, objective: str | Objective = ..., num_items: Any = ...,
-    bias: Tensor | None = ..., token_weights: Tensor | None = ..., chunk_size: int = ..., return_log_p: Literal[False] = ...,
+    bias: Tensor | None = ..., token_weights: Tensor | None = ..., objective_ids: Tensor | None = ...,
+    full_weight: Tensor | None = ..., soft_cap: float | None = ..., low_rank: tuple[Tensor, Tensor] | None = ...,
+    anchor: Anchor | None = ..., weight_grad: Tensor | None = ..., label_smoothing: float = ..., chunk_size: int = ...,
+    return_stats: Literal[False] = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def fused_linear_loss(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, objective: str | Objective = ..., num_items: Any = ...,
-    bias: Tensor | None = ..., token_weights: Tensor | None = ..., chunk_size: int = ..., return_log_p: Literal[True],
-) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+    bias: Tensor | None = ..., token_weights: Tensor | None = ..., objective_ids: Tensor | None = ...,
+    full_weight: Tensor | None = ..., soft_cap: float | None = ..., low_rank: tuple[Tensor, Tensor] | None = ...,
+    anchor: Anchor | None = ..., weight_grad: Tensor | None = ..., label_smoothing: float = ..., chunk_size: int = ...,
+    return_stats: Literal[True],
+) -> tuple[Tensor, LossStats]: ...  # fmt: skip
 def fused_linear_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -31,49 +49,110 @@ def fused_linear_loss(
     num_items: Any = None,
     bias: Tensor | None = None,
     token_weights: Tensor | None = None,
+    objective_ids: Tensor | None = None,
+    full_weight: Tensor | None = None,
+    soft_cap: float | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
+    anchor: Anchor | None = None,
+    weight_grad: Tensor | None = None,
+    label_smoothing: float = 0.0,
     chunk_size: int = CHUNK,
-    return_log_p: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """-sum(w * log p) / num_items for logits = hidden @ weight.T + bias, with w = objective(log p) detached.
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, LossStats]:
+    """-sum(w * log p) / num_items for logits = hidden @ weight.T + bias, with w = objective(TokenStats), detached.
 
     hidden: [N, H]; weight: [V, H]; targets: [N] ids already shifted (row i predicts targets[i]); bias: [V] or None.
-    Rows with target -100 are dropped before any product. `num_items`: supervised tokens of the whole optimiser step;
-    None means the targets given here. The logits exist only as [chunk_size, V] tiles in fp32, and the gradients of
-    hidden, weight and bias are formed with them, so the backward pass is one multiplication by the outer gradient.
-    `token_weights` [N]: factors of the tokens' losses, not counted in the normaliser (a turn's `weight`).
-    Without any target the loss is a zero connected to all inputs. A frozen weight costs no gradient product.
+    Rows with target -100 are dropped before any product. The logits exist only as [chunk_size, V] tiles, in fp32 whatever
+    the inputs' dtype (fp64 for fp64), and the gradients of all inputs are formed with them, so the backward pass
+    multiplies by the outer gradient and nothing else; it can be run once. What needs no gradient costs no product.
+    Without any target the loss is a zero connected to all inputs.
 
-    Returns the fp32 scalar, and with `return_log_p` also the detached log p [n] of the n supervised rows.
+    objective: a name of OBJECTIVES, with parameters as in "floor(minimum=0.2)", or a function.
+    num_items: supervised tokens of the whole optimiser step; None means the targets given here.
+    token_weights: [N] factors of the tokens' losses, not counted in the normaliser (a turn's `weight`).
+    objective_ids: [N] index into sorted OBJECTIVES of tokens with an objective of their own; -1: `objective`.
+    full_weight: [N] bool, tokens with w = 1 whatever the objective.
+    soft_cap: logits become cap * tanh(logits / cap) (Gemma).
+    low_rank: (down [N, r], up [V, r]): logits get + down @ up.T, a LoRA adapter on the head without merging it.
+    anchor: adds strength * KL to a reference model (anchor.Anchor).
+    weight_grad: [V, H], such as `weight.grad`: the weight's gradient is added to it during this call, and autograd gives
+        none to the weight. Saves a [V, H] buffer, and time. Backpropagate the loss as it is: another outer gradient
+        than 1 is refused. Not for a head inside activation checkpointing, or whose weight an engine shards or reduces.
+    label_smoothing: refused; the smoothed loss of a token is not -log p, to which w belongs.
+
+    Returns the fp32 scalar, and with `return_stats` also the LossStats of the n targets.
     Raises ValueError for shapes that do not fit and for targets outside the vocabulary.
     """
-    _check(hidden, weight, targets, bias, token_weights)
-    rows = targets != IGNORE
-    kept, kept_targets = hidden[rows], targets[rows]
-    if kept_targets.numel() and not (int(kept_targets.min()) >= 0 and int(kept_targets.max()) < weight.shape[0]):
+    if label_smoothing:
         raise ValueError(
-            f"Targets must be -100 or in [0, {weight.shape[0]}), found {int(kept_targets.min())} to "
-            f"{int(kept_targets.max())}. Do the tokenizer and the head belong to the same model?"
+            f"label_smoothing = {label_smoothing} was asked for, expected 0: an objective weighs -log p of the target, and a "
+            "smoothed loss is another quantity. Leave it out; objective='mix' softens DFT."
         )
-    count = kept_targets.numel() if num_items is None else num_items
-    scale = 1.0 / torch.as_tensor(count, device=hidden.device, dtype=torch.float32).clamp(min=1.0)
-    factors = (
-        torch.ones_like(kept_targets, dtype=torch.float32) if token_weights is None else token_weights[rows].float()
+    if torch.compiler.is_compiling():  # data-dependent shapes: run as it is, between the compiled parts
+        torch._dynamo.graph_break()
+    _check_shapes(hidden, weight, targets, bias, low_rank, weight_grad)
+    for name, given in (
+        ("token_weights", token_weights),
+        ("objective_ids", objective_ids),
+        ("full_weight", full_weight),
+    ):
+        if given is not None and given.shape != targets.shape:
+            raise ValueError(f"Expected {name} {[*targets.shape]}, one per target, found {[*given.shape]}.")
+    rows = targets != IGNORE
+    kept = targets[rows]
+    _check_targets(kept, weight.shape[0])
+    count = kept.numel() if num_items is None else num_items
+    dtype = torch.float64 if torch.float64 in (hidden.dtype, weight.dtype) else torch.float32
+    call = Call(
+        objective=find_objective(objective),
+        scale=1.0 / torch.as_tensor(count, device=hidden.device, dtype=dtype).clamp(min=1.0),
+        factors=None if token_weights is None else token_weights[rows].to(dtype),
+        objective_ids=None if objective_ids is None else objective_ids[rows],
+        full_weight=None if full_weight is None else full_weight[rows].bool(),
+        soft_cap=soft_cap,
+        anchor=None if anchor is None else anchor.select(rows, weight),
+        weight_grad=weight_grad,
+        chunk=max(1, chunk_size),
+        dtype=dtype,
+        with_grad=torch.is_grad_enabled(),
+        with_stats=return_stats,
     )
-    loss, log_p = _FusedLinearLoss.apply(
-        kept, weight, bias, kept_targets, find_objective(objective), scale, factors, chunk_size
-    )
-    return (loss, log_p) if return_log_p else loss
+    down, up = (None, None) if low_rank is None else (low_rank[0][rows], low_rank[1])
+    loss, *stats = _FusedLinearLoss.apply(hidden[rows], weight, bias, down, up, kept, call)
+    if not return_stats:
+        return loss  # type: ignore[no-any-return]
+    return loss, LossStats(stats[0], stats[1], stats[2], None if anchor is None else stats[3])
 
 
-def _check(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, token_weights: Tensor | None) -> None:
+def _check_shapes(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, low_rank: tuple[Tensor, Tensor] | None,
+    weight_grad: Tensor | None,
+) -> None:  # fmt: skip
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"Expected hidden [N, H] and weight [V, H], found {[*hidden.shape]} and {[*weight.shape]}.")
     if targets.shape != hidden.shape[:1]:
         raise ValueError(f"Expected targets [{hidden.shape[0]}], one per hidden row, found {[*targets.shape]}.")
-    if token_weights is not None and token_weights.shape != targets.shape:
-        raise ValueError(f"Expected token_weights {[*targets.shape]}, one per target, found {[*token_weights.shape]}.")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"Expected bias [{weight.shape[0]}], found {[*bias.shape]}.")
+    if low_rank is not None:
+        down, up = low_rank
+        if down.shape[:1] != hidden.shape[:1] or up.shape[:1] != weight.shape[:1] or down.shape[1:] != up.shape[1:]:
+            raise ValueError(
+                f"Expected low_rank [{hidden.shape[0]}, r] and [{weight.shape[0]}, r], found {[*down.shape]} and {[*up.shape]}."
+            )
+    if weight_grad is not None and (weight_grad.shape != weight.shape or weight_grad.dtype.itemsize < 4):
+        raise ValueError(
+            f"Expected weight_grad {[*weight.shape]} in fp32 (or fp64), found {[*weight_grad.shape]} in {weight_grad.dtype}."
+        )
+
+
+def _check_targets(targets: Tensor, vocabulary: int) -> None:
+    low, high = (int(edge) for edge in targets.aminmax()) if targets.numel() else (0, 0)
+    if low < 0 or high >= vocabulary:
+        raise ValueError(
+            f"Targets must be -100 or in [0, {vocabulary}), found {low} to {high}. Do the tokenizer and the head belong to "
+            "the same model?"
+        )
 
 
 class _FusedLinearLoss(torch.autograd.Function):
@@ -81,60 +160,49 @@ class _FusedLinearLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, objective: Objective,
-        scale: Tensor, factors: Tensor, chunk_size: int,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor | None, up: Tensor | None,
+        targets: Tensor, call: Call,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        needs = [call.with_grad and need for need in ctx.needs_input_grad[:5]]
         device = hidden.device.type
-        compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        compute = call.dtype
+        if device != "cpu" and compute == torch.float32:  # half precision pays there; on a CPU it costs
+            compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         with torch.autocast(device, enabled=False):
-            head = _operand(weight, compute)
-            grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-            grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs_weight else None
-            grad_bias = torch.zeros(weight.shape[:1], device=weight.device) if needs_bias and bias is not None else None
-            loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-            log_p = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
-            for start in range(0, len(targets), chunk_size):
-                part = slice(start, start + chunk_size)
-                rows, gold = _operand(hidden[part], compute), targets[part].unsqueeze(1)  # [c, H], [c, 1]
-                tile = _matmul(rows, head.T)  # [c, V] fp32, the only tile alive
-                if bias is not None:
-                    tile += bias
-                log_z = tile.logsumexp(1)  # [c]
-                chunk_log_p = tile.gather(1, gold).squeeze(1) - log_z
-                log_p[part] = chunk_log_p
-                row_weight = objective(chunk_log_p).float() * factors[part] * scale  # [c]
-                loss -= torch.where(row_weight == 0, 0.0, row_weight * chunk_log_p).sum()  # p = 0: 0 * -inf is 0
-                tile.sub_(log_z.unsqueeze(1)).exp_()
-                tile.scatter_add_(1, gold, torch.full_like(gold, -1, dtype=tile.dtype))
-                tile.mul_(row_weight.unsqueeze(1))  # gradient of the logits
-                if grad_hidden is not None:
-                    grad_hidden[part] = _matmul(tile.to(head.dtype), head).to(hidden.dtype)
-                if grad_weight is not None:
-                    grad_weight += _matmul(tile.T.to(rows.dtype), rows)
-                if grad_bias is not None:
-                    grad_bias += tile.sum(0)
-        ctx.mark_non_differentiable(log_p)
-        ctx.save_for_backward(
-            grad_hidden,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
+            pairs = [Term(hidden, weight, compute, needs[0], needs[1], call.weight_grad, call.chunk)]
+            if down is not None and up is not None:
+                pairs.append(Term(down, up, compute, needs[3], needs[4], None, call.chunk))
+            loss, stats, grad_bias = run_tiles(pairs, bias, needs[2], targets, call)
+        ctx.in_place = pairs[0].in_place
+        adapter = (pairs[1].grad_rows, pairs[1].weight_grad()) if len(pairs) > 1 else (None, None)
+        ctx.grads = (
+            pairs[0].grad_rows,
+            pairs[0].weight_grad(),
             None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
+            *adapter,
         )
-        return loss, log_p
+        ctx.mark_non_differentiable(*stats)
+        return loss, *stats
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, _grad_log_p: Tensor) -> tuple[Tensor | None, ...]:
-        grads = (None if g is None else g * grad_loss.to(g.dtype) for g in ctx.saved_tensors)
-        return (*grads, None, None, None, None, None)
-
-
-def _operand(matrix: Tensor, compute: torch.dtype) -> Tensor:
-    """The matrix in the dtype of the product: as autocast says on an accelerator, fp32 on a CPU (bf16 is slow there)."""
-    return matrix.to(compute) if matrix.is_cuda else matrix.float()
-
-
-def _matmul(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right, accumulated and returned in fp32 whatever the inputs' dtype."""
-    if left.dtype == torch.float32:
-        return left @ right
-    return torch.mm(left, right, out_dtype=torch.float32)
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        if ctx.grads is None:
+            raise RuntimeError(
+                "The gradients of fused_linear_loss are formed in its forward pass and given out once. Expected one backward "
+                "pass, found a second (retain_graph=True?). Call fused_linear_loss again for it."
+            )
+        grads, ctx.grads = ctx.grads, None
+        on_host = grad_loss.device.type == "cpu"
+        plain = (on_host or ctx.in_place) and float(grad_loss) == 1.0
+        if ctx.in_place and not plain:
+            raise RuntimeError(
+                f"With weight_grad the gradient is added before the outer one is known. Expected the loss to be "
+                f"backpropagated as it is (outer gradient 1), found {float(grad_loss)}. Put the factor into num_items or "
+                "token_weights, or leave weight_grad out. The sums in weight_grad are to be thrown away."
+            )
+        if not plain:
+            for grad in grads:
+                if grad is not None:
+                    grad.mul_(grad_loss.to(grad.dtype))
+        return (*grads, None, None)

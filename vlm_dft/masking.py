@@ -106,21 +106,26 @@ def cover(row: Row, markup: Sequence[Span]) -> None:
 
 
 def turn_settings(
-    marked: Sequence[Marked], runs: Sequence[Sequence[Ints]], columns: Sequence[Ints], labels: Tensor
-) -> dict[str, Tensor]:
-    """`loss_weights` (1 where not set) and `objective_ids` (-1) [B, L], each only where a turn of the batch sets its own."""
+    marked: Sequence[Marked], runs: Sequence[Sequence[Ints]], columns: Sequence[Ints], labels: Tensor,
+    objectives: Sequence[str | None],
+) -> dict[str, Tensor]:  # fmt: skip
+    """`loss_weights` (1 where not set) and `objective_ids` (-1) [B, L], each only where a turn of the batch sets its own.
+
+    objectives: of each row, for turns that set none; None: the run's.
+    """
     found: dict[str, Tensor] = {}
     turns = [turn for one in marked for turn in one.turns]
     names = sorted(OBJECTIVES)
     if any(turn.weight != 1 for turn in turns):
         found["loss_weights"] = torch.ones(labels.shape)
-    if any(turn.objective for turn in turns):
+    if any(turn.objective for turn in turns) or any(objectives):
         found["objective_ids"] = torch.full_like(labels, -1)
     for k, one in enumerate(marked if found else []):
         for turn, run in zip(one.turns, runs[k], strict=True):
             column = torch.from_numpy(columns[k][run])
             if "loss_weights" in found:
                 found["loss_weights"][k, column] = turn.weight
-            if turn.objective:
-                found["objective_ids"][k, column] = names.index(turn.objective)
+            own = turn.objective or objectives[k]
+            if own:
+                found["objective_ids"][k, column] = names.index(own)
     return found

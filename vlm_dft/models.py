@@ -1,21 +1,15 @@
-"""Models: a name or folder in, a processor and a model out, with the fused loss attached, parts frozen, LoRA added."""
+"""Models: a name or folder in, a processor and a model out, parts frozen, LoRA added."""
 
 from __future__ import annotations
 
-import inspect
-import types
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from vlm_dft.errors import ModelError
 from vlm_dft.families import PARTS, find_family, part_of
-from vlm_dft.linear_loss import fused_linear_loss
 from vlm_dft.locate import base_model, resolve_model
-from vlm_dft.objectives import IGNORE, OBJECTIVES, Objective
-from vlm_dft.packing import PACKED_KEYS
 
 
 def load_processor(name: str, *, min_pixels: int | None = None, max_pixels: int | None = None) -> Any:
@@ -68,92 +62,6 @@ def choose_attention(requested: str | None, device: str, half: bool) -> tuple[st
     except ImportError as error:
         return "sdpa", f"flash-attn does not import ({error})"
     return "flash_attention_2", "flash-attn is installed"
-
-
-class _LossHead(nn.Linear):
-    """An output head that can return the loss itself, so that DeepSpeed and FSDP gather its weight as for any module."""
-
-    def forward(
-        self,
-        hidden: Tensor,
-        targets: Tensor | None = None,
-        objective: str | Objective = "dft",
-        num_items: Any = None,
-        token_weights: Tensor | None = None,
-        token_objectives: Tensor | None = None,
-    ) -> Any:
-        """Logits; with targets [N] the loss and log p [N]. token_weights [N]: factors of the tokens' losses;
-        token_objectives [N]: index into sorted OBJECTIVES, or -1 for `objective`."""
-        if targets is None:
-            return super().forward(hidden)
-
-        def loss_of(rows: Any, own: str | Objective) -> tuple[Tensor, Tensor]:
-            factors = None if token_weights is None else token_weights[rows]
-            return fused_linear_loss(
-                hidden[rows], self.weight, targets[rows], objective=own, num_items=count, bias=self.bias,
-                token_weights=factors, return_log_p=True,
-            )  # fmt: skip
-
-        count = len(targets) if num_items is None else num_items
-        if token_objectives is None:
-            return loss_of(slice(None), objective)
-        names: list[str | Objective] = [*sorted(OBJECTIVES), objective]  # index -1 is the last
-        log_p = hidden.new_zeros(len(targets), dtype=torch.float32)
-        total = (hidden[:0].sum() + self.weight[:0].sum()).float()  # zero, connected, whichever objectives occur
-        for index in token_objectives.unique().tolist():
-            rows = token_objectives == index
-            part, log_p[rows] = loss_of(rows, names[index])
-            total = total + part
-        return total, log_p
-
-
-def attach_loss(model: Any) -> Any:
-    """Give a Hugging Face model a forward that takes `labels`, `objective` and `num_items` and returns loss and log p.
-
-    It also takes what ChatCollator adds: `loss_weights` and `objective_ids` [B, L] of turns that set their own, and the
-    keys of packed rows.
-
-    With `objective` the forward returns {"loss": scalar, "log_p": [n]} from response rows alone, through the head
-    module's own forward; without it the model is what it was. Raises ModelError for a head that is not a plain Linear.
-    """
-    head = model.get_output_embeddings()
-    if type(head) is not nn.Linear:
-        raise ModelError(f"Expected the output head to be a plain nn.Linear, found {type(head).__name__}.")
-    head.__class__ = _LossHead
-    original = model.forward
-    keys = set(inspect.signature(type(model).forward).parameters)
-
-    def forward(
-        self: Any,
-        *args: Any,
-        labels: Any = None,
-        objective: Any = None,
-        num_items: Any = None,
-        loss_weights: Any = None,
-        objective_ids: Any = None,
-        **inputs: Any,
-    ) -> Any:
-        if objective is None:
-            return original(*args, labels=labels, **inputs)
-        if args or labels is None:
-            raise TypeError("A forward with objective= takes keyword inputs and labels.")
-        unknown = set(inputs) - keys - set(PACKED_KEYS)
-        if unknown:
-            raise TypeError(
-                f"{type(self).__name__} takes no {sorted(unknown)}. Did the collator of another model make this batch?"
-            )
-        hidden = self.model(**{**inputs, "use_cache": False}).last_hidden_state  # [B, L, H]
-        targets = labels[:, 1:]
-        rows = targets != IGNORE
-        loss, log_p = self.get_output_embeddings()(
-            hidden[:, :-1][rows], targets=targets[rows], objective=objective, num_items=num_items,
-            token_weights=None if loss_weights is None else loss_weights[:, 1:][rows],
-            token_objectives=None if objective_ids is None else objective_ids[:, 1:][rows],
-        )  # fmt: skip
-        return {"loss": loss, "log_p": log_p}
-
-    model.forward = types.MethodType(forward, model)
-    return model
 
 
 def freeze_parts(model: Any, trained: set[str]) -> None:

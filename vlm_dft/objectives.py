@@ -1,8 +1,13 @@
-"""Token objectives: detached per-token log-probabilities in, per-token weights w out; the loss is -sum(w * log p) / n."""
+"""Token objectives: detached statistics of response tokens in, a weight w per token out; the loss is -sum(w * log p) / n."""
 
 from __future__ import annotations
 
+import ast
+import inspect
+import math
+import re
 from collections.abc import Callable
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from vlm_dft.cards import nearest
@@ -11,43 +16,210 @@ if TYPE_CHECKING:  # tensors bring their methods: the names of the objectives ar
     from torch import Tensor
 
 IGNORE = -100  # a label that costs nothing, the convention of PyTorch and transformers
-
-Objective = Callable[["Tensor"], "Tensor"]
-"""Weights of tokens: `log_p [n]` (fp32, detached, the model's log-probability of each target) -> `w [n]`."""
+AT_ONCE = 1 << 21  # elements of a temporary on a CPU: some rows of the vocabulary, which stay in its cache
 
 
-def nll(log_p: Tensor) -> Tensor:
+class TokenStats:
+    """Detached statistics of n target tokens under the model in training: all that an objective may look at.
+
+    log_p: [n], the log-probability of each target. The others are computed when first asked for, from the logits that are
+    in memory at that time, so that an objective that asks for none costs nothing.
+    """
+
+    def __init__(self, log_p: Tensor, masses: Callable[[], tuple[Tensor, Tensor]]) -> None:
+        """masses: gives unnormalised probabilities [n, V], all >= 0, and their sums [n]."""
+        self.log_p = log_p
+        self._masses = masses
+
+    @cached_property
+    def p(self) -> Tensor:
+        """[n], the probability of each target."""
+        return self.log_p.exp()
+
+    @cached_property
+    def entropy(self) -> Tensor:
+        """[n], -sum_v p_v log p_v of each token's distribution, in nats."""
+        masses, total = self._masses()
+
+        def surprise(rows: Tensor) -> Tensor:
+            return rows.clamp(min=1e-38).log_().mul_(rows).sum(1)
+
+        return total.log() - by_rows(surprise, masses) / total
+
+    @cached_property
+    def sum_p2(self) -> Tensor:
+        """[n], sum_v p_v^2 of each token's distribution: 1 where it is certain, 1/V where it knows nothing."""
+        masses, total = self._masses()
+        return by_rows(lambda rows: (rows * rows).sum(1), masses) / total.square()
+
+    def top_entropy(self, k: int) -> Tensor:
+        """[n], entropy of the k likeliest tokens, their probabilities made to sum to 1, in nats: at most ln k."""
+        masses, _ = self._masses()
+        top = masses.topk(min(k, masses.shape[1]), dim=1).values
+        top = top / top.sum(1, keepdim=True)
+        return -(top * top.clamp(min=1e-38).log()).sum(1)
+
+
+def by_rows(function: Callable[[Tensor], Tensor], matrix: Tensor) -> Tensor:
+    """A function [r, V] -> [r] of a matrix's rows, on a CPU a few at a time so that temporaries stay small."""
+    step = max(1, AT_ONCE // max(1, matrix.shape[1])) if matrix.device.type == "cpu" else max(1, len(matrix))
+    found = matrix.new_empty(len(matrix))
+    for start in range(0, len(matrix), step):
+        found[start : start + step] = function(matrix[start : start + step])
+    return found
+
+
+Objective = Callable[[TokenStats], "Tensor"]
+"""Weights of tokens: `TokenStats` of n tokens -> w [n], not negative. A function of one's own goes wherever a name does."""
+
+
+def nll(stats: TokenStats) -> Tensor:
     """w = 1: plain supervised fine-tuning, the mean negative log-likelihood."""
-    return log_p.new_ones(log_p.shape)
+    return stats.log_p.new_ones(stats.log_p.shape)
 
 
-def dft(log_p: Tensor) -> Tensor:
+def dft(stats: TokenStats) -> Tensor:
     """w = p: Dynamic Fine-Tuning, L = -sum sg(p) log p (Wu et al. 2025, arXiv 2508.05629, eq. 9).
 
     The gradient is that of -p: on the target's logit -p(1-p), largest at p = 0.5 and near zero where p is near zero.
     """
-    return log_p.exp()
+    return stats.p
 
 
-OBJECTIVES: dict[str, Objective] = {"nll": nll, "dft": dft}
+def power(stats: TokenStats, *, alpha: float = 0.5) -> Tensor:
+    """w = p^alpha, alpha in [0, 2]: from nll (0) over dft (1) to sharper (2). The gradient is that of (1 - p^alpha) / alpha.
+
+    Beyond Log-Likelihood, arXiv 2510.00526 (ICML 2026): large alpha where the prior is strong, small where it is weak.
+    """
+    return (alpha * stats.log_p).exp() if alpha else nll(stats)
+
+
+def floor(stats: TokenStats, *, minimum: float = 0.1, alpha: float = 1.0) -> Tensor:
+    """w = max(p^alpha, minimum): DFT that starves no token, its author's remedy (minimum 0.1; repository of 2508.05629)."""
+    return power(stats, alpha=alpha).clamp(min=minimum)
+
+
+def threshold(stats: TokenStats, *, tau: float = 0.2) -> Tensor:
+    """w = 1 where p >= tau, else 0: tokens that the model does not expect are left out (2510.00526; ProFit, 2601.09195)."""
+    return (stats.log_p >= (math.log(tau) if tau else -math.inf)).to(stats.log_p.dtype)
+
+
+def eaft(stats: TokenStats, *, k: int = 20) -> Tensor:
+    """w = H_k / ln k, H_k the entropy of the k likeliest tokens: full where the model is unsure, none where it is certain,
+    be it of another token (Entropy-Adaptive Fine-Tuning, arXiv 2601.02151, k = 20)."""
+    return stats.top_entropy(k) / math.log(k)
+
+
+def deft(stats: TokenStats) -> Tensor:
+    """w = p^a with a = sum_v p_v^2: near nll where the model knows nothing, near dft where it is certain (2602.11424)."""
+    return (stats.sum_p2 * stats.log_p.clamp(min=-1e30)).exp()
+
+
+def chord(stats: TokenStats) -> Tensor:
+    """w = p(1-p): neither what is starved nor what is known already (CHORD, arXiv 2508.11408)."""
+    return stats.p * -stats.log_p.expm1()
+
+
+def focal(stats: TokenStats, *, gamma: float = 2.0) -> Tensor:
+    """w = (1-p)^gamma: the opposite end, hard tokens first; a control (Lin et al. 2017, arXiv 1708.02002)."""
+    return (-stats.log_p.expm1()).clamp(min=0).pow(gamma)
+
+
+def mix(stats: TokenStats, *, share: float = 0.5) -> Tensor:
+    """w = share + (1 - share) p: share x nll + (1 - share) x dft, so that a starved token keeps `share` of its pull."""
+    return share + (1 - share) * stats.p
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "nll": nll, "dft": dft, "power": power, "floor": floor, "threshold": threshold, "eaft": eaft, "deft": deft,
+    "chord": chord, "focal": focal, "mix": mix,
+}  # fmt: skip
+"""Name -> objective. Add one's own before the collators are made: `OBJECTIVES["mine"] = lambda stats: stats.p.sqrt()`."""
+
+BOUNDS: dict[str, tuple[float, float]] = {
+    "alpha": (0, 2), "minimum": (0, 1), "tau": (0, 1), "k": (2, 1e9), "gamma": (0, 10), "share": (0, 1),
+}  # fmt: skip
+"""Smallest and largest value of the parameters."""
 
 
 def find_objective(objective: str | Objective) -> Objective:
-    """An objective by name, or a function passed through. Raises ValueError with the known names."""
+    """An objective by name, with parameters as in "floor(minimum=0.2)"; a function is passed through.
+
+    Raises ValueError with the known names, or the known parameters and what they may be.
+    """
     if callable(objective):
         return objective
-    if objective not in OBJECTIVES:
+    match = re.fullmatch(r"\s*([\w-]+)\s*(?:\((.*)\))?\s*", str(objective))
+    name = match[1] if match else str(objective)
+    if match is None or name not in OBJECTIVES:
         raise ValueError(
-            f"Unknown objective {objective!r}.{nearest(str(objective), OBJECTIVES)} "
-            f"Choose one of {sorted(OBJECTIVES)}, or pass a function from log p [n] to weights [n]."
+            f"Unknown objective {objective!r}.{nearest(name, OBJECTIVES)} Choose one of {', '.join(sorted(OBJECTIVES))} "
+            "(parameters in brackets: floor(minimum=0.2)), or pass a function from TokenStats to weights [n]."
         )
-    return OBJECTIVES[objective]
+    parameters = _parameters(match[2] or "", name)
+    return partial(OBJECTIVES[name], **parameters) if parameters else OBJECTIVES[name]
+
+
+def _parameters(text: str, name: str) -> dict[str, float]:
+    """The keyword arguments in the brackets of an objective, checked against the function's own."""
+    known = {
+        key: parameter.default
+        for key, parameter in inspect.signature(OBJECTIVES[name]).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    }
+    said = ", ".join(f"{key}={value}" for key, value in known.items()) or "none"
+    found: dict[str, float] = {}
+    for piece in filter(str.strip, text.split(",")):
+        key, equals, word = (part.strip() for part in piece.partition("="))
+        if not equals or key not in known:
+            raise ValueError(
+                f"Objective {name}: unknown parameter {piece.strip()!r}.{nearest(key, known)} Known: {said}."
+            )
+        low, high = BOUNDS.get(key, (-math.inf, math.inf))
+        try:
+            value = ast.literal_eval(word)
+            if (
+                isinstance(value, bool)
+                or not low <= value <= high
+                or (isinstance(known[key], int) and int(value) != value)
+            ):
+                raise ValueError
+        except (ValueError, SyntaxError, TypeError):
+            kind = "a whole number" if isinstance(known[key], int) else "a number"
+            raise ValueError(
+                f"Objective {name}: {key} must be {kind} from {low:g} to {high:g}, found {word!r}."
+            ) from None
+        found[key] = type(known[key])(value)
+    return found
+
+
+def weights_of(
+    stats: TokenStats, objective: Objective, *, objective_ids: Tensor | None = None, full_weight: Tensor | None = None
+) -> Tensor:
+    """The weights [n] of tokens, some of which have an objective of their own, or the full weight of nll.
+
+    objective_ids [n]: index into sorted OBJECTIVES, -1 for `objective`; full_weight [n] bool: w = 1 whatever the objective.
+    Raises ValueError where an objective does not return one weight a token, or has let a gradient through.
+    """
+    weight = objective(stats)
+    if objective_ids is not None:
+        for index in objective_ids.unique().tolist():
+            if index >= 0:
+                own = OBJECTIVES[sorted(OBJECTIVES)[index]](stats)
+                weight = own.where(objective_ids == index, weight)
+    if getattr(weight, "shape", None) != stats.log_p.shape or weight.requires_grad:
+        raise ValueError(
+            f"Objective {getattr(objective, '__name__', objective)}: expected detached weights {[*stats.log_p.shape]}, one a "
+            f"token, found {[*weight.shape] if hasattr(weight, 'shape') else weight!r}."
+        )
+    weight = weight.to(stats.log_p.dtype)
+    return weight if full_weight is None else weight.masked_fill(full_weight, 1.0)
 
 
 def token_loss(
     logits: Tensor,
     labels: Tensor,
-    objective: Objective,
+    objective: str | Objective,
     num_items_in_batch: Any = None,
     *,
     loss_weights: Tensor | None = None,
@@ -62,13 +234,12 @@ def token_loss(
     """
     targets = labels[..., 1:].to(logits.device)
     rows = targets != IGNORE
-    kept = logits[..., :-1, :][rows].float()  # [n, V]
-    log_p = kept.log_softmax(-1).gather(-1, targets[rows].unsqueeze(-1)).squeeze(-1)  # [n]
-    weight = objective(log_p.detach())
-    if objective_ids is not None:
-        own = objective_ids[..., 1:].to(logits.device)[rows]
-        for index, name in enumerate(sorted(OBJECTIVES)):
-            weight = weight.where(own != index, OBJECTIVES[name](log_p.detach()))
+    kept = logits[..., :-1, :][rows]  # [n, V]
+    kept = kept if kept.dtype.itemsize == 8 else kept.float()
+    log_p = kept.gather(-1, targets[rows].unsqueeze(-1)).squeeze(-1) - kept.logsumexp(-1)  # [n]
+    stats = TokenStats(log_p.detach(), lambda: (kept.detach().softmax(-1), log_p.new_ones(len(log_p)).detach()))
+    own = None if objective_ids is None else objective_ids[..., 1:].to(logits.device)[rows]
+    weight = weights_of(stats, find_objective(objective), objective_ids=own)
     if loss_weights is not None:
         weight = weight * loss_weights[..., 1:].to(logits.device)[rows]
     total = -(weight * log_p.where(weight != 0, 0.0)).sum()  # p = 0 to rounding: 0 * -inf is meant to be 0

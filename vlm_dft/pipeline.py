@@ -19,14 +19,16 @@ from vlm_dft.benchmarks import load_benchmark, score_predictions
 from vlm_dft.chat import Example, Sample
 from vlm_dft.collators import ChatCollator
 from vlm_dft.config import TrainConfig
-from vlm_dft.diagnostics import gauge
 from vlm_dft.errors import ConfigError, RowError, UserError
 from vlm_dft.explain import mask_report
 from vlm_dft.fitting import fit
 from vlm_dft.generation import generate
+from vlm_dft.kinds import MEANING
+from vlm_dft.loss_head import attach_loss
 from vlm_dft.metrics import summarise
-from vlm_dft.models import attach_loss, load_model, load_processor
+from vlm_dft.models import load_model, load_processor
 from vlm_dft.preflight import Plan
+from vlm_dft.probing import gauge
 from vlm_dft.recipes import Accounting, load_recipe
 from vlm_dft.reporting import report_table, write_report
 from vlm_dft.runs import write_json, write_provenance, write_text
@@ -182,20 +184,41 @@ def _look_before(
     config: TrainConfig, processor: Any, examples: list[Example], echo: Echo
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Spell out the first masks, and gauge the model's prior on the responses before it is trained on them."""
-    collator = make_collator(processor, config, packing=False)
-    masks = mask_report([collator.explain(e) for e in examples[:SHOWN_MASKS]])
-    count = min(GAUGE_EXAMPLES, len(examples))
-    chosen = [examples[k * len(examples) // count] for k in range(count)]  # evenly over the set
-    size = max(config.micro_batch, 8)
-    model = attach_loss(load_model(config.model)).to(device_kind())
-    echo(f"[2/4] prior of {config.model} on {len(chosen)} of the responses, before training")
-    batches = (collator(chosen[k : k + size]) for k in range(0, len(chosen), size))
-    found = gauge(model, batches)
+    masks = mask_report([make_collator(processor, config, packing=False).explain(e) for e in examples[:SHOWN_MASKS]])
+    echo(f"[2/4] prior of {config.model} on {min(GAUGE_EXAMPLES, len(examples))} of the responses, before training")
+    found = gauge_examples(config, processor, examples)
     echo(f"      mean p of {found['tokens']:,} response tokens {found['mean_p']:.3f} ± {found['stderr_p']:.3f}; "
          f"below 0.1: {found['share_p_below_0.1']:.0%}\n      {found['prediction']}")  # fmt: skip
+    if found["full_weight"]:
+        kinds = ", ".join(MEANING[kind] for kind in found["full_weight"])
+        echo(
+            f"      most {kinds} are below p = 0.1: full_weight={','.join(found['full_weight'])} keeps DFT from starving them"
+        )
+    if found["blank"] and not found["blank"]["looking"]:
+        echo(
+            f"      a blank picture changes mean p by {-found['blank']['gain']:+.3f}: this model hardly looks at the pictures"
+        )
+    return masks, found
+
+
+def gauge_examples(
+    config: TrainConfig, processor: Any, examples: Sequence[Example], count: int = GAUGE_EXAMPLES
+) -> dict[str, Any]:
+    """Gauge the model's prior on so many examples of each source, spread evenly over it, with their pictures and without."""
+    by_source: dict[str, list[Example]] = {}
+    for example in examples:
+        by_source.setdefault(example.source, []).append(example)
+    chosen = [
+        rows[k * len(rows) // n] for rows in by_source.values() for n in [min(count, len(rows))] for k in range(n)
+    ]
+    collator = make_collator(processor, config, packing=False, tag_sources=list(by_source))
+    size = max(config.micro_batch, 8)
+    model = attach_loss(load_model(config.model)).to(device_kind())
+    batches = (collator(chosen[k : k + size]) for k in range(0, len(chosen), size))
+    found = gauge(model, batches, sources=list(by_source), blank=True)
     del model
     gc.collect()
-    return masks, found
+    return found
 
 
 def _evaluate_all(

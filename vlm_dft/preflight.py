@@ -12,7 +12,7 @@ from vlm_dft.config import TrainConfig
 from vlm_dft.errors import CardError, ConfigError
 from vlm_dft.locate import deepspeed_file, resolve_model
 from vlm_dft.recipes import read_recipe, recipe_root
-from vlm_dft.runs import claim_folder, default_output
+from vlm_dft.runs import claim_folder, default_output, path_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class Plan:
 
     def folder(self, objective: str) -> Path:
         """Where an objective is trained: the run folder itself, or one below it when there are several."""
-        return self.output / objective if len(self.config.objective) > 1 else self.output
+        return self.output / path_name(objective) if len(self.config.objective) > 1 else self.output
 
 
 def check_run(config: TrainConfig, *, dry_run: bool = False) -> Plan:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -37,7 +38,12 @@ PACKAGES = (
 def default_output(config: TrainConfig) -> str:
     """runs/RECIPE-MODEL-OBJECTIVE, each shortened to its last path component."""
     model = Path(config.model).name.lower()
-    return f"runs/{Path(config.recipe).stem}-{model}-{'+'.join(config.objective)}"
+    return f"runs/{Path(config.recipe).stem}-{model}-{'+'.join(map(path_name, config.objective))}"
+
+
+def path_name(objective: str) -> str:
+    """An objective's name as a folder's: "floor(minimum=0.2)" is floor-minimum=0.2."""
+    return re.sub(r"[^\w.=+]+", "-", objective).strip("-")
 
 
 def claim_folder(output: Path, config: TrainConfig) -> None:

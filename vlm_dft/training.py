@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import rotate_checkpoints
 
 from vlm_dft.chat import Example
 from vlm_dft.collators import ChatCollator
 from vlm_dft.config import TrainConfig
+from vlm_dft.diagnostics import Alarm
 from vlm_dft.errors import ModelError
 from vlm_dft.locate import deepspeed_file
+from vlm_dft.loss_head import Kl, attach_loss
 from vlm_dft.models import (
     add_lora,
-    attach_loss,
     choose_attention,
     freeze_parts,
     load_model,
@@ -32,82 +31,7 @@ from vlm_dft.models import (
 from vlm_dft.runs import last_checkpoint, write_text
 from vlm_dft.segment_attention import check_packing, use_segment_attention
 from vlm_dft.sources import MediaAccess
-
-STAGING = ".incomplete"  # a checkpoint is written here and renamed into place when it is whole
-
-
-class DFTTrainer(Trainer):
-    """transformers' Trainer with a token objective on response rows alone, normalised over the whole optimiser step.
-
-    The stock Trainer counts no targets for models with `accepts_loss_kwargs = False` (all Qwen-VL), so that its loss
-    depends on how a batch is split; and it resumes Qwen2.5-VL from its initial weights (transformers 5.23, issue 43701).
-    """
-
-    loss_is_scaled_for_ga = True  # by num_items_in_batch
-
-    def __init__(self, *args: Any, objective: str, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.objective: str = objective
-        self.model_accepts_loss_kwargs = True  # so that the supervised tokens of the step are counted
-        self._staging = False
-        self._seen: list[torch.Tensor] = []  # log p of the response tokens since the last log
-
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """sum(w * -log p) over this micro-batch / targets of the step, times the ranks that will be averaged over."""
-        outputs = model(**inputs, objective=self.objective, num_items=num_items_in_batch)
-        self._seen.append(outputs["log_p"].detach())
-        loss = outputs["loss"]
-        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            loss = loss * self.accelerator.num_processes
-        return (loss, outputs) if return_outputs else loss
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the plain NLL and the mean p of the response tokens since the last log to every training log."""
-        if "loss" in logs and self._seen:
-            log_p = torch.cat(self._seen).double()
-            sums = torch.stack(
-                [-log_p.sum(), log_p.exp().sum(), torch.tensor(len(log_p), device=log_p.device).double()]
-            )
-            total_nll, total_p, count = self.accelerator.reduce(sums, "sum").tolist()
-            self._seen.clear()
-            if count:
-                logs = {**logs, "nll": total_nll / count, "mean_p": total_p / count, "response_tokens": int(count)}
-        super().log(logs, start_time)
-
-    def _get_output_dir(self, trial: Any) -> str:
-        folder = super()._get_output_dir(trial)
-        return os.path.join(folder, STAGING) if self._staging else folder
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Save aside, then rename: a checkpoint is whole or not there."""
-        folder, name = Path(str(self.args.output_dir)), f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:
-            shutil.rmtree(folder / STAGING, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self._staging = True
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._staging = False
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            _sync(folder / STAGING / name)
-            shutil.rmtree(folder / name, ignore_errors=True)
-            os.rename(folder / STAGING / name, folder / name)
-            shutil.rmtree(folder / STAGING, ignore_errors=True)
-            rotate_checkpoints(output_dir=str(folder), save_total_limit=self.args.save_total_limit)
-        self.accelerator.wait_for_everyone()
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Load weights by the model's own from_pretrained: on disk Qwen2.5-VL has other key names than in memory."""
-        model = model or self.model
-        if self.is_fsdp_enabled or hasattr(model, "peft_config"):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        saved = type(model).from_pretrained(resume_from_checkpoint, dtype="auto")
-        model.load_state_dict(saved.state_dict(), strict=True)
+from vlm_dft.trainer import DFTTrainer
 
 
 class _Rows(Dataset[Example]):
@@ -126,6 +50,7 @@ class _Metrics(TrainerCallback):
 
     def __init__(self, path: Path, title: str, show: bool) -> None:
         self.path, self.title, self.show = path, title, show
+        self.alarms: list[Alarm] = []  # the trainer's
         self.bar: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -146,9 +71,13 @@ class _Metrics(TrainerCallback):
         if not state.is_world_process_zero or "loss" not in (logs or {}):
             return
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+            alarms = [alarm.as_dict() for alarm in self.alarms if alarm.step == state.global_step]
+            file.write(json.dumps({"step": state.global_step, **logs, **({"alarms": alarms} if alarms else {})}) + "\n")
         if self.bar is not None:
-            self.bar.set_postfix_str(f"loss {logs['loss']:.4f} nll {logs['nll']:.4f} mean p {logs['mean_p']:.3f}")
+            shown = {"loss": ".4f", "nll": ".4f", "mean_p": ".3f", "entropy": ".3f"}
+            self.bar.set_postfix_str(
+                " ".join(f"{k.replace('_', ' ')} {logs[k]:{f}}" for k, f in shown.items() if k in logs)
+            )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar is not None:
@@ -189,6 +118,8 @@ def make_collator(processor: Any, config: TrainConfig, **changes: Any) -> ChatCo
     """The collator of a run: what is too long is dropped unless the config says otherwise."""
     words = {"too_long": "drop", **config.collator, **changes}
     hosts = words.pop("hosts", ())
+    for name in ("min_pixels", "max_pixels"):  # of the processor
+        words.pop(name, None)
     access = MediaAccess(hosts=frozenset([hosts] if isinstance(hosts, str) else hosts))
     return ChatCollator(processor, max_length=config.max_length, access=access, **words)
 
@@ -258,6 +189,19 @@ def prepare_model(config: TrainConfig) -> tuple[Any, str]:
     return model, f"attention {attention} ({reason}); trainable parameters: {parts}; weights {str(dtype)[6:]}"
 
 
+def loss_terms(config: TrainConfig) -> dict[str, Any]:
+    """What DFTTrainer is given of the config's `loss`: KL term and its reference, CADFT's beta, tokens of full weight."""
+    loss = config.loss
+    terms: dict[str, Any] = {"cadft": float(loss.get("cadft", 0.0)), "full_weight": loss.get("full_weight", ())}
+    if loss.get("kl"):
+        terms["kl"] = Kl(float(loss["kl"]), loss["kl_direction"])
+        if not config.lora:
+            terms["reference"] = load_model(
+                config.model, dtype=torch.bfloat16 if device_kind() == "cuda" else torch.float32
+            )
+    return terms
+
+
 def train_objective(
     config: TrainConfig,
     objective: str,
@@ -289,11 +233,13 @@ def train_objective(
     processor = load_processor(config.model, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
     set_seed(config.seed)  # LoRA draws its start
     model, choices = prepare_model(config)
-    collator = make_collator(processor, config, **_timing(model))
+    sources = list(dict.fromkeys(example.source for example in examples))
+    collator = make_collator(processor, config, tag_sources=sources, **_timing(model))
     if echo is not None:
         echo(f"      {choices}")
         if last is not None:
             echo(f"      continuing from {last}")
+    metrics = _Metrics(folder / "metrics.jsonl", f"      {objective}", echo is not None)
     trainer = DFTTrainer(
         model=model,
         args=arguments,
@@ -301,11 +247,11 @@ def train_objective(
         data_collator=collator,
         processing_class=processor,
         objective=objective,
-        callbacks=[
-            _Metrics(folder / "metrics.jsonl", f"      {objective}", echo is not None),
-            *([_Packing(collator)] if collator.packing else []),
-        ],
+        **loss_terms(config),
+        sources=sources,
+        callbacks=[metrics, *([_Packing(collator)] if collator.packing else [])],
     )
+    metrics.alarms = trainer.alarms
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=str(last) if last else None)
     reached = last_checkpoint(folder)
@@ -331,11 +277,3 @@ def leave_engines() -> None:
 def repeated_rows(config: TrainConfig, examples: int) -> int:
     """Rows that the data loader trains twice per epoch, to give every process a batch of the last step."""
     return -examples % (config.micro_batch * config.processes) if config.processes > 1 else 0
-
-
-def _sync(folder: Path) -> None:
-    """Force a folder's files to the disk before it is renamed."""
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from vlm_dft.collators import ChatCollator
-from vlm_dft.diagnostics import gauge, predict, token_summary
-from vlm_dft.models import attach_loss, load_model
+from vlm_dft.probing import gauge, predict, token_summary
+from vlm_dft.loss_head import attach_loss
+from vlm_dft.models import load_model
 
 
 def test_the_summary_of_two_responses_is_what_one_computes_by_hand() -> None:

@@ -1,0 +1,212 @@
+"""Trainer: transformers' Trainer with a token objective: micro-batches in, exactly normalised steps and diagnostics out."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer
+from transformers.trainer_utils import rotate_checkpoints
+
+from vlm_dft.diagnostics import Alarm, StarvationAlarms, TokenDiagnostics
+from vlm_dft.errors import ModelError
+from vlm_dft.kinds import kind_bits
+from vlm_dft.loss_head import Compatibility, Kl, LossMixin, response_hidden, sample_indices, sample_means
+from vlm_dft.objectives import IGNORE, Objective, find_objective
+from vlm_dft.runs import write_json
+
+STAGING = ".incomplete"  # a checkpoint is written here and renamed into place when it is whole
+MOMENTS = "sample_moments.json"  # in a checkpoint: what CADFT knows of the samples before
+KEPT = 0.95  # of those moments, from one optimiser step to the next
+LOGGER = logging.getLogger("vlm_dft")
+
+
+class DFTTrainer(Trainer):
+    """transformers' Trainer with a token objective on response rows alone, normalised over the whole optimiser step.
+
+    model: with the fused loss attached (loss_head.attach_loss). objective: a name of OBJECTIVES, with parameters or
+    without, or a function. kl: adds a KL term to the starting model: with LoRA that model is this one with its adapters
+    off, else `reference` is a frozen copy. cadft: beta of the sample-level factor (0: none); a sample's mean NLL is held
+    against those of earlier steps, so that the result does not depend on how a step is split. full_weight: kinds of
+    tokens (kinds.KINDS) with w = 1 whatever the objective. sources: ChatCollator's `tag_sources`, for the diagnostics.
+    `alarms` collects what starves (diagnostics.Alarm).
+
+    The stock Trainer counts no targets for models with `accepts_loss_kwargs = False` (all Qwen-VL), so that its loss
+    depends on how a batch is split; and it resumes Qwen2.5-VL from its initial weights (transformers 5.23, issue 43701).
+    """
+
+    loss_is_scaled_for_ga = True  # by num_items_in_batch
+
+    def __init__(
+        self,
+        *args: Any,
+        objective: str | Objective,
+        kl: Kl | None = None,
+        reference: Any = None,
+        cadft: float = 0.0,
+        full_weight: Sequence[str] = (),
+        sources: Sequence[str] = (),
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        if self.args.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor = {self.args.label_smoothing_factor}, expected 0: a smoothed loss is not -log p, which "
+                "an objective weighs. Leave it out; objective='mix' softens DFT."
+            )
+        find_objective(objective)  # raises for an unknown one
+        self.objective: str | Objective = objective
+        self.kl, self.cadft = kl, cadft
+        self.reference = None if reference is None else reference.eval().requires_grad_(False)
+        self._full_bits = kind_bits(full_weight)
+        self.model_accepts_loss_kwargs = True  # so that the supervised tokens of the step are counted
+        self.diagnostics, self.alarms = TokenDiagnostics(sources), list[Alarm]()
+        self._starvation = StarvationAlarms(sources)
+        self._staging = False
+        self._norms: list[Any] = []  # gradient norms since the last log
+        self._media: int | Tensor = 0  # supervised media tokens since the last log
+        self._samples: list[Tensor] = []  # mean NLLs of this step's samples
+        self._moments, self._moments_step = [0.0, 0.0, 0.0], -1  # count, sum, sum of squares, before which step
+        trained: Any = self.model
+        head = trained.get_output_embeddings()
+        if isinstance(head, LossMixin) and self.args.world_size == 1:
+            engine = self.is_deepspeed_enabled or self.is_fsdp_enabled or self.accelerator.scaler is not None
+            head.in_place = not engine  # nobody reduces or scales the gradient: it is formed where it belongs
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """sum(w * -log p) over this micro-batch / targets of the step, times the ranks that will be averaged over."""
+        inputs = dict(inputs)
+        labels, kinds, sources = inputs["labels"], inputs.pop("token_kinds", None), inputs.pop("source_ids", None)
+        settings: dict[str, Any] = {"objective": self.objective, "num_items": num_items_in_batch}
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            settings["num_items"] = num_items_in_batch / self.accelerator.num_processes
+        if self._full_bits:
+            if kinds is None:
+                raise ModelError("full_weight needs to know what each token is. Give ChatCollator tag_sources=[...].")
+            settings["full_weight"] = (kinds & self._full_bits) != 0
+        if self.kl is not None:
+            settings["kl"] = self._with_reference(labels, inputs)
+        if self.cadft:
+            self._update_moments()
+            settings["compatibility"] = Compatibility(self.cadft, *self._mean_and_deviation())
+        outputs = model(**inputs, **settings)
+        rows = labels[:, 1:] != IGNORE
+        if model.training:
+            own = (None if tags is None else tags[:, 1:][rows] for tags in (kinds, sources))
+            self.diagnostics.add(outputs, *own)
+            types = inputs.get("mm_token_type_ids")
+            self._media = self._media + (0 if types is None else ((types > 0) & (labels != IGNORE)).sum())
+        if self.cadft:
+            means = sample_means(-outputs["log_p"], sample_indices(labels, inputs)[:, 1:][rows])
+            self._samples.append(means[torch.bincount(sample_indices(labels, inputs)[:, 1:][rows]) > 0])
+        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+    def _with_reference(self, labels: Tensor, inputs: dict[str, Any]) -> Kl | None:
+        """The KL term with the frozen copy's hidden states on the same inputs; as it is where adapters are switched off."""
+        if self.kl is None or self.reference is None:
+            return self.kl
+        kept = {key: value for key, value in inputs.items() if key not in ("labels", "loss_weights", "objective_ids")}
+        reference = self.reference.to(labels.device)
+        head = reference.get_output_embeddings()
+        with torch.no_grad(), self.compute_loss_context_manager():
+            hidden = response_hidden(reference, labels, kept)
+        return replace(self.kl, hidden=hidden, weight=head.weight, bias=head.bias)
+
+    def _update_moments(self) -> None:
+        """At the first micro-batch of a step: take in the samples of the step before, of all processes."""
+        if self._moments_step == self.state.global_step:
+            return
+        means = torch.cat(self._samples).double() if self._samples else torch.zeros(0, dtype=torch.float64)
+        sums = torch.stack([torch.ones_like(means).sum(), means.sum(), means.square().sum()]).to(self.args.device)
+        sums = self.accelerator.reduce(sums, "sum").tolist()
+        if sums[0]:
+            self._moments = [KEPT * old + new for old, new in zip(self._moments, sums, strict=True)]
+        self._samples.clear()
+        self._moments_step = self.state.global_step
+
+    def _mean_and_deviation(self) -> tuple[float, float]:
+        count, total, squares = self._moments
+        if count < 2:
+            return 0.0, 0.0
+        mean = total / count
+        return mean, max(0.0, squares / count - mean**2) ** 0.5
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add what the loss saw of its tokens since the last log to every training log, and raise alarms."""
+        if "loss" in logs:
+            found, sums = self.diagnostics.summary(lambda sums: self.accelerator.reduce(sums, "sum"))
+            if found:
+                limit = self.args.max_grad_norm
+                clipped = [float(norm) > limit for norm in self._norms] if limit else []
+                found |= {"clip_rate": sum(clipped) / len(clipped)} if clipped else {}
+                logs = {**logs, **found, "supervised_media_tokens": int(self._media)}
+                for alarm in self._starvation.check(self.state.global_step, sums):
+                    self.alarms.append(alarm)
+                    if self.accelerator.is_main_process:
+                        LOGGER.warning(alarm.message)
+            self._norms.clear()
+            self._media = 0
+        super().log(logs, start_time)
+
+    def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
+        if grad_norm is not None:
+            self._norms.append(grad_norm)
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, STAGING) if self._staging else folder
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Save aside, then rename: a checkpoint is whole or not there."""
+        folder, name = Path(str(self.args.output_dir)), f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            shutil.rmtree(folder / STAGING, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._staging = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._staging = False
+        if self.cadft:
+            self._update_moments()
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            if self.cadft:
+                write_json(folder / STAGING / name / MOMENTS, self._moments)
+            _sync(folder / STAGING / name)
+            shutil.rmtree(folder / name, ignore_errors=True)
+            os.rename(folder / STAGING / name, folder / name)
+            shutil.rmtree(folder / STAGING, ignore_errors=True)
+            rotate_checkpoints(output_dir=str(folder), save_total_limit=self.args.save_total_limit)
+        self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Load weights by the model's own from_pretrained: on disk Qwen2.5-VL has other key names than in memory."""
+        model = model or self.model
+        moments = Path(resume_from_checkpoint) / MOMENTS
+        if self.cadft and moments.is_file():
+            self._moments = json.loads(moments.read_text(encoding="utf-8"))
+        if self.is_fsdp_enabled or hasattr(model, "peft_config"):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        saved = type(model).from_pretrained(resume_from_checkpoint, dtype="auto")
+        model.load_state_dict(saved.state_dict(), strict=True)
+
+
+def _sync(folder: Path) -> None:
+    """Force a folder's files to the disk before it is renamed."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
