@@ -109,6 +109,24 @@ def _parser() -> argparse.ArgumentParser:
         )  # as `train` spells it, too
     inspect.set_defaults(run=_inspect)
 
+    probe = commands.add_parser(
+        "probe",
+        help="gauge a model on a recipe before any training: which objective fits?",
+        description="The capability gauge: the model's probability p of the response tokens, per source, with each picture and "
+        "with a blank one; recommends an objective per source. Trains nothing.",
+    )
+    probe.add_argument("recipe", help=TRAIN_FLAGS["recipe"])
+    probe.add_argument("--model", default="tiny", help="'tiny' (default), a checkpoint folder, or a hub id")
+    probe.add_argument("--data", help=TRAIN_FLAGS["data"])
+    probe.add_argument(
+        "-n", "--count", type=int, default=256, help="responses of each source, spread evenly over it (default 256)"
+    )
+    probe.add_argument("--json", metavar="FILE", help="write everything that was found here")
+    probe.add_argument("--plot", metavar="FILE", help="write the histograms of p as an SVG picture")
+    for name, text in INSPECT_SETTINGS.items():
+        probe.add_argument(f"--{name.replace('_', '-')}", f"--{name}", dest=name, help=text)
+    probe.set_defaults(run=_probe)
+
     for kind in ("recipe", "benchmark"):
         listing = commands.add_parser(f"{kind}s", help=f"list the {kind} cards")
         listing.add_argument("--json", metavar="FILE", help="write the list here too")
@@ -233,6 +251,39 @@ def _inspect(arguments: argparse.Namespace) -> int:
         write_text(Path(arguments.html), render_page(rows, config, collator, start=arguments.start))
         console.print(f"page: {arguments.html}", markup=False)
     return int(any(row.failed for row in rows))
+
+
+def _probe(arguments: argparse.Namespace) -> int:
+    from vlm_dft.config import recipe_layer, resolve_config
+    from vlm_dft.locate import resolve_model
+    from vlm_dft.recipes import read_recipe, recipe_root
+
+    given = ("recipe", "model", "data", *INSPECT_SETTINGS)
+    words = {name: value for name, value in vars(arguments).items() if name in given and value is not None}
+    config = resolve_config((f"recipe {arguments.recipe!r}", recipe_layer(arguments.recipe)), ("command line", words))
+    card = read_recipe(config.recipe)
+    resolve_model(config.model)
+    recipe_root(card, config.data)
+    if arguments.count < 1:
+        raise UserError(f"Expected -n of at least 1, found {arguments.count}.")
+    for flag in ("json", "plot"):
+        _check_writable(getattr(arguments, flag), f"--{flag}")
+    _quiet()
+    from vlm_dft import probe_report
+    from vlm_dft.pipeline import probe
+    from vlm_dft.runs import write_json, write_text
+
+    found = probe(config, card, count=arguments.count, echo=_echo)
+    _echo(probe_report.probe_table(found))
+    for line in probe_report.probe_lines(found):
+        _echo(line)
+    if arguments.json:
+        write_json(Path(arguments.json), found)
+    if arguments.plot:
+        title = f"{config.model} on {Path(config.recipe).stem}, before training"
+        write_text(Path(arguments.plot), probe_report.probe_plot(found, title))
+        _echo(f"plot: {arguments.plot}")
+    return 0
 
 
 def _check_writable(path: str | None, flag: str) -> None:

@@ -152,9 +152,15 @@ def _histogram(counts: Tensor) -> dict[str, float]:
     shares = (counts / counts.sum()).tolist()
     bins = pairwise(EDGES)
     return {
-        f"{low:g}-{high:g}": sum(share for share, edge in zip(shares, FINE, strict=False) if low <= edge < high)
+        f"{_edge(low)}-{_edge(high)}": sum(
+            share for share, edge in zip(shares, FINE, strict=False) if low <= edge < high
+        )
         for low, high in bins
     }
+
+
+def _edge(value: float) -> str:
+    return f"{value:.4f}".rstrip("0").rstrip(".")
 
 
 def p_histogram(p: Tensor) -> dict[str, float]:

@@ -256,6 +256,16 @@ def _evaluate_all(
     )
 
 
+def probe(config: TrainConfig, card: Mapping[str, Any], *, count: int, echo: Echo) -> dict[str, Any]:
+    """Gauge a model on a recipe without training it: probing.gauge's findings, and how many rows they are from."""
+    processor = load_processor(config.model, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
+    examples, account = load_recipe(card, config.data, limit=config.limit)
+    examples = keep_fitting(examples, account, make_collator(processor, config))
+    echo(_account_line(account))
+    found = gauge_examples(config, processor, examples, count)
+    return {"recipe": config.recipe, "model": config.model, "accounting": account.as_dict(), **found}
+
+
 def _predict_and_score(
     model: Any,
     collator: ChatCollator,

@@ -54,8 +54,8 @@ def gauge(
     tokens and for each source apart. blank: also with every picture made the mean grey, to see whether it is looked at.
     Returns the summary of all tokens and, under "sources", of each source: token_summary, "prior" ("strong", "middle",
     "weak"), "prediction" (what to expect of DFT against SFT), "objective" and "full_weight" (what is recommended),
-    "histogram" {bin: share}, "kinds" {kind: tokens, mean_p, share_p_below_0.1}, and "blank" {mean_p, gain, stderr_gain,
-    looking} or None where there was no picture.
+    "histogram" {bin: share}, "kinds" {kind: tokens, mean_p, share_p_below_0.1}, and "blank" {mean_p, median_p, gain,
+    stderr_gain, looking, histogram} or None where there was no picture.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -120,9 +120,16 @@ def _looking(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Any] | None:
     tokens, count = sum(map(len, gains)), len(gains)
     excess = torch.stack([(part - gain).sum() for part in gains])
     error = float((excess.square().sum() * count / max(1, count - 1)).sqrt() / tokens)
-    mean_p = torch.cat([row["blank"].double().exp() for row in rows]).mean().item()
+    p = torch.cat([row["blank"].double().exp() for row in rows])
     looking = float(gain) >= LOOKING and float(gain) > 2 * error
-    return {"mean_p": mean_p, "gain": float(gain), "stderr_gain": error, "looking": looking}
+    return {
+        "mean_p": p.mean().item(),
+        "median_p": p.median().item(),
+        "gain": float(gain),
+        "stderr_gain": error,
+        "looking": looking,
+        "histogram": p_histogram(p),
+    }
 
 
 def predict(mean_p: float, starved: float) -> tuple[str, str]:

@@ -137,8 +137,9 @@ def example_of(card: Mapping[str, Any], row: Mapping[str, Any], root: Path | Non
     if card.get("system"):
         fields["messages"] = [{"role": "system", "content": card["system"]}, *fields["messages"]]
     found = as_example({**fields, "id": where}, where=where)
+    own = row.get("source") if "messages" in card else None  # a mixture in one file tells its sources apart itself
     return replace(
-        found, id=str(row["id"]), source=str(card["name"]),
+        found, id=str(row["id"]), source=own if isinstance(own, str) and own.strip() else str(card["name"]),
         images=locate(found.images, folder, where=where, remote=True),
         videos=locate(found.videos, folder, where=where, kind="video"),
     )  # fmt: skip

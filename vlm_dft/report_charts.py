@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -105,6 +106,139 @@ def gauge_figure(low: float, high: float) -> str:
             parts.append(f"<text class=zonetext x={x + w / 2:.1f} y=20 text-anchor=middle>{label}: {share:.0%}</text>")
         start += share
     return _svg(left + width + 10, 34, "response tokens by their probability before training", parts, kind="gauge")
+
+
+def moving_histogram(rows: Rows, title: str) -> str:
+    """How the p of the response tokens moves: the shares of the bins of p as bands over the steps, dark where p is high."""
+    logged = [row for row in rows if any(key.startswith("p_histogram/") for key in row)]
+    if len(logged) < 2:
+        return ""
+    width, height, left, top, bottom = 320, 190, 46, 24, 26
+    names = [key for key in logged[0] if key.startswith("p_histogram/")]
+    last = max(row["step"] for row in logged)
+
+    def place(step: float, share: float) -> str:
+        x = left + step / last * (width - left - 10)
+        return f"{x:.1f},{top + (1 - share) * (height - top - bottom):.1f}"
+
+    parts = [f"<text class=title x=0 y=12>{escape(title)}</text>"]
+    below = [0.0] * len(logged)
+    for k, name in enumerate(names):
+        above = [base + row[name] for base, row in zip(below, logged, strict=True)]
+        points = [place(r["step"], y) for r, y in zip(logged, above, strict=True)]
+        points += [place(r["step"], y) for r, y in reversed(list(zip(logged, below, strict=True)))]
+        tip = f"p {name.split('/')[1]}: {logged[0][name]:.1%} at step {logged[0]['step']}, {logged[-1][name]:.1%} at the end"
+        opacity = 0.12 + 0.88 * k / max(1, len(names) - 1)
+        parts.append(
+            f"<polygon class=c1 fill-opacity={opacity:.2f} points='{' '.join(points)}'><title>{escape(tip)}</title></polygon>"
+        )
+        below = above
+    for share in (0, 0.5, 1):
+        y = float(place(0, share).split(",")[1])
+        parts.append(f"<text class=tick x={left - 5} y={y + 4:.1f} text-anchor=end>{share:.0%}</text>")
+    for step in (0, last):
+        anchor = "start" if step == 0 else "end"
+        x = place(step, 0).split(",")[0]
+        parts.append(f"<text class=tick x={x} y={height - 8} text-anchor={anchor}>{step}</text>")
+    parts.append(f"<text class=tick x={(left + width - 10) / 2} y={height - 8} text-anchor=middle>step</text>")
+    return _svg(width, height, title, parts, kind="curve")
+
+
+Panel = tuple[
+    str, str, Mapping[str, float], Mapping[str, float] | None
+]  # title, note, shares by bin, with a blank picture
+
+
+def histogram_figure(panels: Sequence[Panel], title: str) -> str:
+    """Histograms of p one below the other, on one scale: a bar a bin, and a line where a blank picture's share lies."""
+    left, step, height, gap = 44, 42, 110, 62
+    width = left + step * len(panels[0][2]) + 12
+    most = max(max(h.values()) for _, _, bins, blank in panels for h in (bins, blank or bins))
+    top = next(edge for edge in (0.1, 0.25, 0.5, 1.0, math.inf) if most <= edge + 1e-9)
+    parts = [f"<text class=title x=8 y=14>{escape(title)}</text>"]
+    for k, (name, note, bins, blank) in enumerate(panels):
+        y0 = 30 + k * (height + gap)
+        base = y0 + 22 + height
+        parts.append(
+            f"<text class=title x=8 y={y0 + 10}>{escape(name)} <tspan class=tick>{escape(note)}</tspan></text>"
+        )
+        for share in (0.0, top / 2, top):
+            y = base - height * share / top
+            parts.append(f"<line class=grid x1={left} x2={width - 10} y1={y:.1f} y2={y:.1f} />")
+            parts.append(f"<text class=tick x={left - 6} y={y + 4:.1f} text-anchor=end>{share:.0%}</text>")
+        for j, (label, share) in enumerate(bins.items()):
+            x, tall = left + j * step, height * share / top
+            tip = f"p {label}: {share:.1%} of tokens" + (f"; with a blank picture {blank[label]:.1%}" if blank else "")
+            parts.append(
+                f"<g><title>{escape(tip)}</title><rect class=c1 x={x + 3} y={base - tall:.1f} width={step - 6} "
+                f"height={max(tall, 0.5):.1f} rx=1.5 />"
+            )
+            if blank:
+                y = base - height * blank[label] / top
+                parts.append(f"<path class='line c2' d='M{x + 1} {y:.1f}H{x + step - 1}' />")
+            parts.append(f"</g><text class=tick x={x} y={base + 13} text-anchor=middle>{label.split('-')[0]}</text>")
+        parts.append(f"<text class=tick x={left + step * len(bins)} y={base + 13} text-anchor=middle>1</text>")
+        parts.append(
+            f"<text class=tick x={(left + width) / 2} y={base + 26} text-anchor=middle>p of response tokens</text>"
+        )
+    if any(blank for *_, blank in panels):
+        x = width - 210
+        parts.append(
+            f"<rect class=c1 x={x} y=5 width=10 height=10 rx=1.5 /><text class=tick x={x + 14} y=14>with its picture</text>"
+        )
+        parts.append(
+            f"<path class='line c2' d='M{x + 104} 10h14' /><text class=tick x={x + 122} y=14>with a blank one</text>"
+        )
+    return _svg(width, 30 + len(panels) * (height + gap), title, parts, kind="histogram")
+
+
+def lines_figure(lines: Mapping[str, Sequence[tuple[float, float]]], title: str, x_name: str, y_name: str) -> str:
+    """Curves over [0, 1], each named at its right end; y from 0 to the largest value."""
+    width, height, left, top, right, bottom = 560, 340, 44, 28, 130, 36
+    high = _ticks(0.0, max(y for line in lines.values() for _, y in line))[-1]
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return left + x * (width - left - right), top + (high - y) / high * (height - top - bottom)
+
+    parts = [f"<text class=title x=0 y=14>{escape(title)}</text>"]
+    for tick in _ticks(0.0, high):
+        y = place(0, tick)[1]
+        parts.append(f"<line class=grid x1={left} x2={width - right} y1={y:.1f} y2={y:.1f} />")
+        parts.append(f"<text class=tick x={left - 6} y={y + 4:.1f} text-anchor=end>{tick:g}</text>")
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        parts.append(f"<text class=tick x={place(share, 0)[0]:.1f} y={height - 20} text-anchor=middle>{share:g}</text>")
+    parts.append(f"<text class=tick x={place(0.5, 0)[0]:.1f} y={height - 4} text-anchor=middle>{escape(x_name)}</text>")
+    parts.append(f"<text class=tick x={left} y={top - 6}>{escape(y_name)}</text>")
+    ends = sorted((place(*line[-1])[1], name) for name, line in lines.items())
+    at = -math.inf
+    for y, name in ends:
+        at = max(y, at + 14)
+        colour = f"c{1 + list(lines).index(name) % 5}"
+        dash = " dashed" if list(lines).index(name) >= 5 else ""
+        points = " ".join(f"{px:.1f},{py:.1f}" for px, py in (place(*point) for point in lines[name]))
+        parts.append(
+            f"<polyline class='line {colour}{dash}' points='{points}'><title>{escape(name)}</title></polyline>"
+        )
+        parts.append(f"<text class=tick x={width - right + 8} y={at + 4:.1f}>{escape(name)}</text>")
+    return _svg(width, height, title, parts, kind="lines")
+
+
+def standalone(svg: str) -> str:
+    """An inline SVG as a file of its own: its classes' colours inside it, light and dark."""
+    colours = """svg{--bg:#fff;--ink:#1c1d21;--soft:#62656e;--line:#e3e4e8;--c1:#2f6fde;--c2:#d9742b;--c3:#2d9d78;--c4:#9b5fc0;--c5:#c2455e}
+@media(prefers-color-scheme:dark){svg{--bg:#15161a;--ink:#e8e9ed;--soft:#9fa3ae;--line:#33363f;--c1:#6ea0f7;--c2:#eb9a5a;--c3:#58c29f;
+--c4:#bd8fdc;--c5:#e57a8e}}
+.sheet{fill:var(--bg)}text{font:12px system-ui,sans-serif;fill:var(--ink)}.tick{font-size:10.5px;font-weight:400;fill:var(--soft)}
+.title{font-weight:600;font-size:13px}.grid{stroke:var(--line)}.line{fill:none;stroke-width:1.8;stroke-linejoin:round}.dashed{stroke-dasharray:5 3}
+.c1{fill:var(--c1)}.line.c1{fill:none;stroke:var(--c1)}.line.c2{fill:none;stroke:var(--c2)}.line.c3{fill:none;stroke:var(--c3)}
+.line.c4{fill:none;stroke:var(--c4)}.line.c5{fill:none;stroke:var(--c5)}"""
+    quoted = re.sub(r"([\w-]+)=([^\s'\"<>]+)", r"\1='\2'", svg)  # XML wants quotes where HTML does not
+    opening, body = quoted.split(">", 1)
+    width, height = re.search(r"viewBox='0 0 (\d+) (\d+)'", opening).groups()  # type: ignore[union-attr]
+    return (
+        f"{opening} xmlns='http://www.w3.org/2000/svg' width='{width}' height='{height}'><style>{colours}</style>"
+        f"<rect class='sheet' width='100%' height='100%' />{body}\n"
+    )
 
 
 def _svg(width: int, height: int, label: str, parts: Sequence[str], kind: str = "bars") -> str:

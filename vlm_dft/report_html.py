@@ -12,7 +12,7 @@ from typing import Any
 from vlm_dft.chat import Sample, text_of
 from vlm_dft.errors import ImageError
 from vlm_dft.media import open_image
-from vlm_dft.report_charts import bars, curves_figure, gauge_figure
+from vlm_dft.report_charts import bars, curves_figure, gauge_figure, moving_histogram
 from vlm_dft.report_style import SCRIPT, STYLE
 from vlm_dft.reporting import BASE, find_comparison, percent, table_rows
 
@@ -20,6 +20,13 @@ SHOWN_SAMPLES = 12
 LONGEST_SIDE = 448  # pixels of a shown image
 LONGEST_TEXT = 4000  # characters of a shown response
 Rows = Sequence[Mapping[str, Any]]
+CURVES = (
+    ("loss", "training loss"), ("nll", "NLL of the response tokens"), ("mean_p", "mean p of the response tokens"),
+    ("share_p_below_0.1", "share of tokens with p < 0.1"), ("entropy", "entropy, nats"),
+    ("effective_sample_size", "effective sample size"), ("gradient_mass_below_0.1", "gradient mass of p < 0.1"),
+    ("kl", "KL to the starting model"),
+)  # fmt: skip
+"""Of metrics.jsonl: a figure each, where it was logged."""
 
 
 def render_report(
@@ -141,18 +148,21 @@ def _curves(curves: Mapping[str, Rows]) -> str:
         return ""
     colours = {name: _colour([BASE, *curves], name) for name in curves}
     legend = "".join(_legend([BASE, *curves], name) for name in logged) if len(logged) > 1 else ""
-    figures = "".join(
-        curves_figure(logged, key, title, colours)
-        for key, title in (
-            ("loss", "training loss"),
-            ("nll", "NLL of the response tokens"),
-            ("mean_p", "mean p of the response tokens"),
-        )
+    figures = "".join(curves_figure(logged, key, title, colours) for key, title in CURVES)
+    for name, rows in logged.items():
+        figures += moving_histogram(rows, "how p moves" if len(logged) == 1 else f"how p moves: {name}")
+    alarms = [
+        (name, alarm["message"]) for name, rows in logged.items() for row in rows for alarm in row.get("alarms", [])
+    ]
+    starved = "".join(
+        f"<p class=alarm><b>{escape(name)}</b> {escape(message)}</p>" for name, message in dict.fromkeys(alarms)
     )
     return (
-        f"<section><h2>Training</h2><div class=legend>{legend}</div><div class=figures>{figures}</div>"
+        f"<section><h2>Training</h2>{starved}<div class=legend>{legend}</div><div class=figures>{figures}</div>"
         "<p class=note>Losses of different objectives are not comparable: DFT's is −p·log p, which falls towards 0 when a "
-        "token is learnt (p → 1) and also when it is given up (p → 0). NLL and mean p tell the two apart.</p></section>"
+        "token is learnt (p → 1) and also when it is given up (p → 0). NLL and mean p tell the two apart. Effective sample "
+        "size: (Σw)² / (nΣw²), 1 where all tokens weigh the same. Gradient mass: the share of Σw(1−p). How p moves: the shares "
+        "of response tokens in bins of p (0, 1e-4, 1e-3, .01, .1, .2 … 1), the darkest above 0.9.</p></section>"
     )
 
 

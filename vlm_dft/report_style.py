@@ -36,6 +36,7 @@ svg .line.c3{stroke:var(--c3)}svg .line.c4{stroke:var(--c4)}svg .line.c5{stroke:
 svg .zone.weak{fill:var(--weak)}svg .zone.middle{fill:var(--middle)}svg .zone.strong{fill:var(--strong)}
 svg .zonetext{font-size:11px}
 svg .needle{stroke:var(--ink);fill:var(--ink);stroke-width:2}
+.alarm{font-size:14px;border-left:3px solid var(--bad);padding-left:10px;margin:6px 0}
 .scroll{overflow-x:auto;margin-top:16px}table{border-collapse:collapse;font-variant-numeric:tabular-nums;
 font-size:14px}
 .scroll table{width:100%}th,td{padding:4px 12px;text-align:right;white-space:nowrap}th:first-child{text-align:left}

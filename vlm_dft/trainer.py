@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ class DFTTrainer(Trainer):
     off, else `reference` is a frozen copy. cadft: beta of the sample-level factor (0: none); a sample's mean NLL is held
     against those of earlier steps, so that the result does not depend on how a step is split. full_weight: kinds of
     tokens (kinds.KINDS) with w = 1 whatever the objective. sources: ChatCollator's `tag_sources`, for the diagnostics.
-    `alarms` collects what starves (diagnostics.Alarm).
+    on_alarm: called on the first process with what starves (diagnostics.Alarm), also collected in `alarms`.
 
     The stock Trainer counts no targets for models with `accepts_loss_kwargs = False` (all Qwen-VL), so that its loss
     depends on how a batch is split; and it resumes Qwen2.5-VL from its initial weights (transformers 5.23, issue 43701).
@@ -54,6 +54,7 @@ class DFTTrainer(Trainer):
         cadft: float = 0.0,
         full_weight: Sequence[str] = (),
         sources: Sequence[str] = (),
+        on_alarm: Callable[[Alarm], Any] = lambda alarm: LOGGER.warning(alarm.message),
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -69,7 +70,7 @@ class DFTTrainer(Trainer):
         self._full_bits = kind_bits(full_weight)
         self.model_accepts_loss_kwargs = True  # so that the supervised tokens of the step are counted
         self.diagnostics, self.alarms = TokenDiagnostics(sources), list[Alarm]()
-        self._starvation = StarvationAlarms(sources)
+        self._starvation, self._on_alarm = StarvationAlarms(sources), on_alarm
         self._staging = False
         self._norms: list[Any] = []  # gradient norms since the last log
         self._media: int | Tensor = 0  # supervised media tokens since the last log
@@ -153,7 +154,7 @@ class DFTTrainer(Trainer):
                 for alarm in self._starvation.check(self.state.global_step, sums):
                     self.alarms.append(alarm)
                     if self.accelerator.is_main_process:
-                        LOGGER.warning(alarm.message)
+                        self._on_alarm(alarm)
             self._norms.clear()
             self._media = 0
         super().log(logs, start_time)

@@ -79,6 +79,11 @@ class _Metrics(TrainerCallback):
                 " ".join(f"{k.replace('_', ' ')} {logs[k]:{f}}" for k, f in shown.items() if k in logs)
             )
 
+    def say(self, alarm: Alarm) -> None:
+        """Print an alarm above the bar."""
+        if self.bar is not None:
+            self.bar.write(f"      {alarm.message}")
+
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar is not None:
             self.bar.close()
@@ -249,6 +254,7 @@ def train_objective(
         objective=objective,
         **loss_terms(config),
         sources=sources,
+        on_alarm=metrics.say,
         callbacks=[metrics, *([_Packing(collator)] if collator.packing else [])],
     )
     metrics.alarms = trainer.alarms
