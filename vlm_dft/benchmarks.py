@@ -132,7 +132,8 @@ def _score_row(sample: Sample, prediction: Mapping[str, Any], rule: str) -> dict
     return {
         "id": sample.id, "benchmark": sample.benchmark, "split": sample.split, "groups": sample.groups,
         "correct": score.correct, "extracted": score.extracted, "rule": score.rule,
-        "gold_answer": sample.record["gold_answer"], "finish": prediction.get("finish"), "scoring": rule,
+        "gold_answer": sample.record["gold_answer"], "finish": prediction.get("finish"), "tokens": prediction.get("tokens"),
+        "scoring": rule,
     }  # fmt: skip
 
 

@@ -40,6 +40,7 @@ def fused_linear_loss(
     anchor: Anchor | None = ..., weight_grad: Tensor | None = ..., label_smoothing: float = ..., chunk_size: int = ...,
     return_stats: Literal[True],
 ) -> tuple[Tensor, LossStats]: ...  # fmt: skip
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # shapes depend on the data: it runs between compiled parts
 def fused_linear_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -88,8 +89,6 @@ def fused_linear_loss(
             f"label_smoothing = {label_smoothing} was asked for, expected 0: an objective weighs -log p of the target, and a "
             "smoothed loss is another quantity. Leave it out; objective='mix' softens DFT."
         )
-    if torch.compiler.is_compiling():  # data-dependent shapes: run as it is, between the compiled parts
-        torch._dynamo.graph_break()
     _check_shapes(hidden, weight, targets, bias, low_rank, weight_grad)
     for name, given in (
         ("token_weights", token_weights),

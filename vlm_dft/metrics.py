@@ -33,9 +33,10 @@ def accuracy(verdicts: Sequence[bool]) -> dict[str, float | int]:
 
 
 def summarise(scores: Iterable[Row]) -> dict[str, dict[str, Any]]:
-    """{split: {accuracy, stderr, count, low, high, abstained, cut, "groups": {group: {value: the same}}}}.
+    """{split: {accuracy, stderr, count, low, high, abstained, cut, mean_tokens, "groups": {group: {value: the same}}}}.
 
     abstained: responses that answer nothing. cut: responses that reached the token limit. Both count as scored.
+    mean_tokens: length of the responses, end token included; None where the rows do not tell it.
     """
     result = {}
     for split, rows in _by(list(scores), lambda row: row["split"]).items():
@@ -87,10 +88,12 @@ def mcnemar(lost: int, won: int) -> float:
 
 
 def _measured(rows: Sequence[Row]) -> dict[str, Any]:
+    lengths = [row["tokens"] for row in rows if row.get("tokens") is not None]
     return {
         **accuracy([bool(row["correct"]) for row in rows]),
         "abstained": sum(row.get("extracted") is None for row in rows),
         "cut": sum(row.get("finish") == "length" for row in rows),
+        "mean_tokens": sum(lengths) / len(lengths) if len(lengths) == len(rows) else None,
     }
 
 

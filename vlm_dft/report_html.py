@@ -119,9 +119,26 @@ def _results(report: Mapping[str, Any]) -> str:
         "<span>whiskers: 95 % Wilson interval</span></div>"
         f"<div class=figures>{figures}</div>"
         f"<div class=scroll><table><thead><tr><th>split, task</th><th>n</th>{head}</tr></thead>"
-        f"<tbody>{body}</tbody></table></div>"
+        f"<tbody>{body}</tbody></table></div>{_lengths(report, rows, runs)}"
         "<p class=note>Accuracy in % ± standard error √(p(1−p)/n). Differences are paired: the same samples, in "
         "points ± standard error. ● marks p &lt; 0.01 (exact McNemar test, not corrected for the number of rows).</p></section>"
+    )
+
+
+def _lengths(report: Mapping[str, Any], rows: Rows, runs: list[str]) -> str:
+    """Response length and stop rate of every run on every split: a model that was starved of its end token runs on."""
+    lines = []
+    for row in rows:
+        cells = [row["cells"][run] for run in runs]
+        if row["group"] is None and all(cell.get("mean_tokens") is not None for cell in cells):
+            said = "".join(f"<td>{c['mean_tokens']:.1f}; {1 - c['cut'] / c['count']:.1%}</td>" for c in cells)
+            lines.append(f"<tr><th>{escape(str(row['split']))}</th>{said}</tr>")
+    if not lines:
+        return ""
+    head = "".join(f"<th>{escape(run)}</th>" for run in runs)
+    return (
+        "<details><summary>Length of the responses, and how many stopped by themselves</summary><div class=scroll><table>"
+        f"<thead><tr><th>split: mean tokens; stopped</th>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div></details>"
     )
 
 
