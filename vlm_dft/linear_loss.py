@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vlm_dft.anchor import Anchor
-from vlm_dft.loss_tiles import CHUNK, Call, Term, run_tiles
+from vlm_dft.loss_tiles import CHUNK, GPU_CHUNK, Call, Term, run_tiles
 from vlm_dft.objectives import IGNORE, Objective, find_objective
 
 
@@ -29,7 +29,7 @@ def fused_linear_loss(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, objective: str | Objective = ..., num_items: Any = ...,
     bias: Tensor | None = ..., token_weights: Tensor | None = ..., objective_ids: Tensor | None = ...,
     full_weight: Tensor | None = ..., soft_cap: float | None = ..., low_rank: tuple[Tensor, Tensor] | None = ...,
-    anchor: Anchor | None = ..., weight_grad: Tensor | None = ..., label_smoothing: float = ..., chunk_size: int = ...,
+    anchor: Anchor | None = ..., weight_grad: Tensor | None = ..., label_smoothing: float = ..., chunk_size: int | None = ...,
     return_stats: Literal[False] = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
@@ -37,7 +37,7 @@ def fused_linear_loss(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, objective: str | Objective = ..., num_items: Any = ...,
     bias: Tensor | None = ..., token_weights: Tensor | None = ..., objective_ids: Tensor | None = ...,
     full_weight: Tensor | None = ..., soft_cap: float | None = ..., low_rank: tuple[Tensor, Tensor] | None = ...,
-    anchor: Anchor | None = ..., weight_grad: Tensor | None = ..., label_smoothing: float = ..., chunk_size: int = ...,
+    anchor: Anchor | None = ..., weight_grad: Tensor | None = ..., label_smoothing: float = ..., chunk_size: int | None = ...,
     return_stats: Literal[True],
 ) -> tuple[Tensor, LossStats]: ...  # fmt: skip
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # shapes depend on the data: it runs between compiled parts
@@ -57,7 +57,7 @@ def fused_linear_loss(
     anchor: Anchor | None = None,
     weight_grad: Tensor | None = None,
     label_smoothing: float = 0.0,
-    chunk_size: int = CHUNK,
+    chunk_size: int | None = None,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, LossStats]:
     """-sum(w * log p) / num_items for logits = hidden @ weight.T + bias, with w = objective(TokenStats), detached.
@@ -79,6 +79,7 @@ def fused_linear_loss(
     weight_grad: [V, H], such as `weight.grad`: the weight's gradient is added to it during this call, and autograd gives
         none to the weight. Saves a [V, H] buffer, and time. Backpropagate the loss as it is: another outer gradient
         than 1 is refused. Not for a head inside activation checkpointing, or whose weight an engine shards or reduces.
+    chunk_size: rows of a tile; None: 256 on a CPU (156 MB at V = 151,936), 2048 on a GPU.
     label_smoothing: refused; the smoothed loss of a token is not -log p, to which w belongs.
 
     Returns the fp32 scalar, and with `return_stats` also the LossStats of the n targets.
@@ -111,7 +112,7 @@ def fused_linear_loss(
         soft_cap=soft_cap,
         anchor=None if anchor is None else anchor.select(rows, weight),
         weight_grad=weight_grad,
-        chunk=max(1, chunk_size),
+        chunk=max(1, chunk_size or (CHUNK if hidden.device.type == "cpu" else GPU_CHUNK)),
         dtype=dtype,
         with_grad=torch.is_grad_enabled(),
         with_stats=return_stats,

@@ -12,6 +12,9 @@ from vlm_dft.anchor import Anchor, anchor_tile
 from vlm_dft.objectives import AT_ONCE, Objective, TokenStats, weights_of
 
 CHUNK = 256  # rows of logits alive at a time: [256, V] fp32 is 156 MB at V = 151,936
+GPU_CHUNK = (
+    2048  # there, with few rows a product waits for the weight's bytes: 1.2 GB, as the gradient of a 3B model's head
+)
 GPU_AT_ONCE = 1 << 26  # elements of a cast piece of the weight on a GPU, where small products are slow
 
 
@@ -143,8 +146,10 @@ def run_tiles(
             pair.add_logits(part, tile, first=k == 0)
         if bias is not None:
             tile += bias
-        log_p, rest, mass, high = _exponentials(tile, gold, call.soft_cap)
+        log_p, rest, mass, high, entropy = _exponentials(tile, gold, call.soft_cap, call.with_stats)
         seen = TokenStats(log_p, lambda tile=tile, mass=mass: (tile, mass))  # type: ignore[misc]
+        if entropy is not None:
+            seen.entropy = entropy
         weight = call.weigh(seen, part)
         row = weight * call.scale if call.factors is None else weight * call.factors[part] * call.scale
         total -= torch.where(row == 0, 0.0, row * log_p).double().sum()  # p = 0: 0 * -inf is meant to be 0
@@ -173,15 +178,17 @@ def run_tiles(
     return total.to(call.dtype), stats, grad_bias
 
 
-def _exponentials(tile: Tensor, gold: Tensor, soft_cap: float | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _exponentials(
+    tile: Tensor, gold: Tensor, soft_cap: float | None, with_entropy: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Turn logits into exp(logits - their maximum), in place, a few rows at a time so that they stay in a CPU's cache.
 
-    Returns, each [c]: log p of gold, the sum of all others' exponentials, the sum of all, and the largest logit.
-    log p = -log1p(rest / e_gold) is exact near p = 1, where log(e_gold / mass) has lost all digits.
+    Returns, each [c]: log p of gold, the sum of all others' exponentials, the sum of all, the largest logit, and the entropy
+    if wanted. log p = -log1p(rest / e_gold) is exact near p = 1, where log(e_gold / mass) has lost all digits.
     """
     step = max(1, AT_ONCE // max(1, tile.shape[1])) if tile.device.type == "cpu" else max(1, len(tile))
-    high, rest = tile.new_empty(len(tile)), tile.new_empty(len(tile))
-    logit, e_gold = tile.new_empty(len(tile)), tile.new_empty(len(tile))
+    high, rest, logit, e_gold, cross = tile.new_empty(5, len(tile)).unbind()
+    scratch = tile.new_empty(min(step, len(tile)), tile.shape[1]) if with_entropy else None
     for start in range(0, len(tile), step):
         rows = slice(start, start + step)
         block, own = tile[rows], gold[rows]
@@ -190,13 +197,19 @@ def _exponentials(tile: Tensor, gold: Tensor, soft_cap: float | None) -> tuple[T
         high[rows] = block.amax(1)
         block.sub_(high[rows].unsqueeze(1))
         logit[rows] = block.gather(1, own).squeeze(1)
-        block.exp_()
+        if scratch is None:
+            block.exp_()
+        else:  # sum of e^x * x, while x is at hand
+            spare = scratch[: len(block)]
+            torch.exp(block, out=spare)
+            cross[rows] = block.clamp_(min=-1e4).mul_(spare).sum(1)  # -inf * 0 is meant to be 0
+            block.copy_(spare)
         e_gold[rows] = block.gather(1, own).squeeze(1)
         rest[rows] = block.scatter_(1, own, 0.0).sum(1)
         block.scatter_(1, own, e_gold[rows].unsqueeze(1))
     mass = rest + e_gold
     log_p = torch.where(e_gold > rest, -(rest / e_gold).log1p(), logit - mass.log())
-    return log_p, rest, mass, high
+    return log_p, rest, mass, high, mass.log() - cross / mass if with_entropy else None
 
 
 def _slope(tile: Tensor, high: Tensor, soft_cap: float) -> Tensor:

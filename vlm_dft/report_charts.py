@@ -193,14 +193,14 @@ def histogram_figure(panels: Sequence[Panel], title: str) -> str:
 
 
 def lines_figure(lines: Mapping[str, Sequence[tuple[float, float]]], title: str, x_name: str, y_name: str) -> str:
-    """Curves over [0, 1], each named at its right end; y from 0 to the largest value."""
-    width, height, left, top, right, bottom = 560, 340, 44, 28, 130, 36
+    """Curves over [0, 1] and their names; y from 0 to the largest value."""
+    width, height, left, top, right, bottom = 560, 340, 44, 32, 110, 40
     high = _ticks(0.0, max(y for line in lines.values() for _, y in line))[-1]
 
     def place(x: float, y: float) -> tuple[float, float]:
         return left + x * (width - left - right), top + (high - y) / high * (height - top - bottom)
 
-    parts = [f"<text class=title x=0 y=14>{escape(title)}</text>"]
+    parts = [f"<text class=title x=8 y=14>{escape(title)}</text>"]
     for tick in _ticks(0.0, high):
         y = place(0, tick)[1]
         parts.append(f"<line class=grid x1={left} x2={width - right} y1={y:.1f} y2={y:.1f} />")
@@ -208,18 +208,15 @@ def lines_figure(lines: Mapping[str, Sequence[tuple[float, float]]], title: str,
     for share in (0, 0.25, 0.5, 0.75, 1):
         parts.append(f"<text class=tick x={place(share, 0)[0]:.1f} y={height - 20} text-anchor=middle>{share:g}</text>")
     parts.append(f"<text class=tick x={place(0.5, 0)[0]:.1f} y={height - 4} text-anchor=middle>{escape(x_name)}</text>")
-    parts.append(f"<text class=tick x={left} y={top - 6}>{escape(y_name)}</text>")
-    ends = sorted((place(*line[-1])[1], name) for name, line in lines.items())
-    at = -math.inf
-    for y, name in ends:
-        at = max(y, at + 14)
-        colour = f"c{1 + list(lines).index(name) % 5}"
-        dash = " dashed" if list(lines).index(name) >= 5 else ""
-        points = " ".join(f"{px:.1f},{py:.1f}" for px, py in (place(*point) for point in lines[name]))
+    parts.append(f"<text class=tick x={left} y={top + 14} dx=6>{escape(y_name)}</text>")
+    for k, (name, line) in enumerate(lines.items()):
+        style = f"line c{1 + k % 5}{' dashed' if k >= 5 else ''}"
+        points = " ".join(f"{px:.1f},{py:.1f}" for px, py in (place(*point) for point in line))
+        parts.append(f"<polyline class='{style}' points='{points}'><title>{escape(name)}</title></polyline>")
+        x, y = width - right + 18, top + 8 + 18 * k
         parts.append(
-            f"<polyline class='line {colour}{dash}' points='{points}'><title>{escape(name)}</title></polyline>"
+            f"<path class='{style}' d='M{x} {y}h24' /><text class=tick x={x + 30} y={y + 4}>{escape(name)}</text>"
         )
-        parts.append(f"<text class=tick x={width - right + 8} y={at + 4:.1f}>{escape(name)}</text>")
     return _svg(width, height, title, parts, kind="lines")
 
 
