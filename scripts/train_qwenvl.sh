@@ -10,7 +10,7 @@
 #   MODEL      tiny, a hub id or a folder (tiny)          OUTPUT     the run folder (runs/...)
 #   RECIPE     what to train on (drawn)                   LORA       rank of a low-rank adapter (train all weights)
 #   DATA       where the recipe's files lie               NPROC      processes, one a GPU (1)
-#   OBJECTIVE  dft, nll, or both: dft,nll (dft)           DEEPSPEED  zero2, zero3 or your own .json (none)
+#   OBJECTIVE  dft, nll, floor ..., or several (dft)      DEEPSPEED  zero2, zero3 or your own .json (none)
 #   BENCHMARK  what to evaluate on (the recipe's own)     EXTRA      more words for `vlm-dft train`
 # Words after the script's name go to `vlm-dft train` too: --dry-run prints the resolved run and stops.
 #

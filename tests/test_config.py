@@ -66,7 +66,22 @@ def test_lora_trains_the_language_model_whatever_the_recipe_trains_and_refuses_a
     ("settings", "message"),
     [
         ({"learning_rat": 1}, r"unknown setting 'learning_rat'. Did you mean 'learning_rate'\?"),
-        ({"objective": "dfft"}, r"Unknown objective 'dfft'. Did you mean 'dft'\? Choose from nll, dft"),
+        ({"objective": "dfft"}, r"Unknown objective 'dfft'. Did you mean 'dft'\? Choose one of chord, deft, dft"),
+        ({"objective": "floor(minimum=3)"}, "minimum must be a number from 0 to 1, found '3'"),
+        ({"objective": "dft,dft"}, "expected one or several different names"),
+        (
+            {"kl": 0.1},
+            "kl and kl_direction belong together, found kl = 0.1 and kl_direction = None. Directions: forward = KL",
+        ),
+        ({"kl_direction": "forward"}, "kl and kl_direction belong together"),
+        ({"kl": 0.1, "kl_direction": "up"}, "kl_direction must be one of forward = KL.* found 'up'"),
+        ({"kl": -1, "kl_direction": "forward"}, "kl must be a number, 0 or more, found -1"),
+        ({"kl": 0.1, "kl_direction": "forward", "deepspeed": "zero3"}, "kl without LoRA keeps a whole copy"),
+        ({"full_weight": "end,stop"}, "full_weight takes kinds of tokens, found 'stop'"),
+        ({"source_objectives": "ocr=nlll"}, "gives 'ocr' the unknown objective 'nlll'. Did you mean 'nll'"),
+        ({"source_objectives": "ocr"}, "source_objectives must be source=objective"),
+        ({"loss": {"klx": 1}}, "unknown setting 'klx' of loss. Did you mean 'kl'"),
+        ({"max_pixels": "-4"}, "max_pixels must be a whole number above 0 or null, found '-4'"),
         ({"objective": ""}, "expected one or several"),
         (
             {"batch_size": 10, "micro_batch": 4},
@@ -95,3 +110,17 @@ def test_the_policies_of_the_configuration_are_those_of_the_collator() -> None:
     from vlm_dft.fitting import POLICIES
 
     assert tuple(POLICIES) == TOO_LONG
+
+
+def test_what_is_added_to_the_objective_is_read_from_words_and_from_a_file() -> None:
+    words = {
+        "objective": "mix(share=0.2),dft", "kl": "0.03", "kl_direction": "reverse", "full_weight": "end, format",
+        "source_objectives": "ocr=nll,math=dft", "format_strings": "<a>,</a>", "max_pixels": "3136",
+    }  # fmt: skip
+    file = {"objective": ["mix(share=0.2)", "dft"], "loss": {"kl": 0.03, "kl_direction": "reverse", "full_weight": ["end", "format"]},
+            "collator": {"source_objectives": {"ocr": "nll", "math": "dft"}, "format_strings": ["<a>", "</a>"], "max_pixels": 3136}}  # fmt: skip
+    one, two = resolve_config(("words", words)), resolve_config(("file", file))
+    assert one == two
+    assert one.loss == {"kl": 0.03, "kl_direction": "reverse", "full_weight": ["end", "format"]}
+    assert one.objective == ["mix(share=0.2)", "dft"] and one.max_pixels == 3136 and one.min_pixels is None
+    assert resolve_config(("saved", one.as_dict())) == one  # as config.yaml gives it back

@@ -21,7 +21,7 @@ def test_the_package_alone_imports_nothing_heavy() -> None:
 
 
 def test_the_collator_and_the_losses_do_not_import_transformers() -> None:
-    code = "from vlm_dft import ChatCollator, Example, OBJECTIVES, dft_loss, fused_linear_loss"
+    code = "from vlm_dft import ChatCollator, Example, OBJECTIVES, attach_loss, dft_loss, fused_linear_loss"
     assert not {"transformers", "datasets", "peft", "deepspeed", "accelerate"} & loaded_after(code)
 
 

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from vlm_dft.anchor import Anchor
     from vlm_dft.chat import Example, Sample, unroll
     from vlm_dft.collators import ChatCollator
     from vlm_dft.errors import MaskError
     from vlm_dft.linear_loss import fused_linear_loss
+    from vlm_dft.loss_head import attach_loss
     from vlm_dft.objectives import OBJECTIVES, dft_loss
     from vlm_dft.packing import PackedDataset
     from vlm_dft.scoring import score_response
@@ -24,8 +26,10 @@ _HOME = {
     "MaskError": "errors",
     "MediaAccess": "sources",
     "OBJECTIVES": "objectives",
+    "Anchor": "anchor",
     "PackedDataset": "packing",
     "Sample": "chat",
+    "attach_loss": "loss_head",
     "check_packing": "segment_attention",
     "dft_loss": "objectives",
     "fused_linear_loss": "linear_loss",
@@ -35,12 +39,14 @@ _HOME = {
 }
 __all__ = [
     "OBJECTIVES",
+    "Anchor",
     "ChatCollator",
     "Example",
     "MaskError",
     "MediaAccess",
     "PackedDataset",
     "Sample",
+    "attach_loss",
     "check_packing",
     "dft_loss",
     "fused_linear_loss",

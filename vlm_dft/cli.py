@@ -18,7 +18,7 @@ TRAIN_FLAGS = {  # the settings that `vlm-dft train --help` names; every other f
     "model": "'tiny', a folder, or a hub id",
     "recipe": "a card in data_recipes/, a .yaml of your own, or a .json / .jsonl of conversations",
     "data": "the folder of the recipe's files",
-    "objective": "dft, nll, or both: dft,nll",
+    "objective": "dft, nll, floor(minimum=0.1) ..., or several: dft,nll",
     "benchmark": "a card in eval/, or none",
     "output": "the run folder",
     "lora": "rank of LoRA; 0 trains the weights themselves",
