@@ -11,7 +11,7 @@ from torch import Tensor
 from vlm_dft.anchor import Anchor, anchor_tile
 from vlm_dft.objectives import AT_ONCE, Objective, TokenStats, weights_of
 
-CHUNK = 256  # rows of logits alive at a time: [256, V] fp32 is 156 MB at V = 151,936
+CHUNK = 240  # rows of logits alive at a time: with what is beside them 156 MB at V = 151,936, a tile of 256 rows
 GPU_CHUNK = (
     2048  # there, with few rows a product waits for the weight's bytes: 1.2 GB, as the gradient of a 3B model's head
 )

@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # tensors bring their methods: the names of the objectives ar
     from torch import Tensor
 
 IGNORE = -100  # a label that costs nothing, the convention of PyTorch and transformers
-AT_ONCE = 1 << 21  # elements of a temporary on a CPU: some rows of the vocabulary, which stay in its cache
+AT_ONCE = 1 << 20  # elements of a temporary on a CPU: some rows of the vocabulary, which stay in its cache
 
 
 class TokenStats:
