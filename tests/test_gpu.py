@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from vlm_dft import fused_linear_loss
+from vlm_dft import OBJECTIVES, Anchor, fused_linear_loss
 from vlm_dft.config import resolve_config
 from vlm_dft.training import read_metrics, train_objective
 
@@ -29,3 +29,40 @@ def test_training_steps_run_in_bf16_autocast_over_fp32_weights(drawn: list[Any],
     config = resolve_config(("test", {"recipe": "drawn", "batch_size": 8, "micro_batch": 8, "max_steps": 2}))
     final = train_objective(config, "dft", drawn, tmp_path)
     assert final.name == "checkpoint-2" and len(read_metrics(tmp_path / "metrics.jsonl")) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16 autocast"])
+@pytest.mark.parametrize("objective", sorted(OBJECTIVES))
+def test_every_objective_is_on_the_gpu_what_it_is_on_the_cpu(objective: str, dtype: torch.dtype) -> None:
+    """fp32 weights, several tiles and pieces of the weight, an anchor; autocast as the Trainer sets it."""
+    draw = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(300, 64, generator=draw), torch.randn(5000, 64, generator=draw) / 8
+    targets = torch.randint(0, 5000, (300,), generator=draw)
+    targets[::3] = -100
+    start = torch.randn(300, 64, generator=draw)
+    found = []
+    for device in ("cpu", "cuda"):
+        h, w = (t.to(device).requires_grad_() for t in (hidden, weight))
+        anchor = Anchor(start.to(device), weight.to(device), 0.1, "forward")
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda" and dtype == torch.bfloat16):
+            loss, stats = fused_linear_loss(
+                h, w, targets.to(device), objective=objective, anchor=anchor, chunk_size=64, return_stats=True
+            )
+        loss.backward()
+        found.append([loss.detach().cpu(), stats.log_p.cpu(), stats.entropy.cpu(), h.grad.cpu(), w.grad.cpu()])  # type: ignore[union-attr]
+    bound = 1e-3 if dtype == torch.float32 else 3e-2  # fp32 with TF32 off
+    for ours, expected in zip(found[1], found[0], strict=True):
+        assert ((ours - expected).norm() / expected.norm()).item() < bound
+
+
+def test_memory_on_the_gpu_does_not_grow_with_the_rows() -> None:
+    weight = (torch.randn(50_000, 256) / 16).cuda().requires_grad_()
+    peaks = []
+    for rows in (4096, 32_768):
+        hidden, targets = torch.randn(rows, 256, device="cuda"), torch.randint(0, 50_000, (rows,), device="cuda")
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        fused_linear_loss(hidden, weight, targets).backward()
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+        weight.grad = None
+    assert peaks[1] < 1.1 * peaks[0]

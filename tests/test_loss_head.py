@@ -1,5 +1,6 @@
 """The loss in a model's head: adapters, anchors, overrides, soft caps, and gradients formed where they belong."""
 
+import inspect
 from typing import Any
 
 import pytest
@@ -232,3 +233,32 @@ def test_an_objective_of_ones_own_is_a_function(batch: dict[str, Any]) -> None:
     assert set(OBJECTIVES) == {
         "nll", "dft", "power", "floor", "threshold", "eaft", "deft", "chord", "focal", "mix"
     }  # fmt: skip
+
+
+def test_a_model_that_does_more_to_its_logits_is_refused_before_the_first_step(
+    drawn: list[Any], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A family that scales its logits somewhere else than in its config would be trained on another loss in silence."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    from vlm_dft.config import resolve_config
+    from vlm_dft.training import read_metrics, train_objective
+
+    config = resolve_config(("test", {"recipe": "drawn", "batch_size": 4, "micro_batch": 4, "max_steps": 1}))
+    forward = Qwen2_5_VLForConditionalGeneration.forward
+
+    def scaled(self: Any, *args: Any, **kwargs: Any) -> Any:
+        out = forward(self, *args, **kwargs)
+        out.logits = out.logits * 0.5
+        return out
+
+    scaled.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
+    monkeypatch.setattr(Qwen2_5_VLForConditionalGeneration, "forward", scaled)
+    with pytest.raises(
+        ModelError, match=r"The attached loss is not that of Qwen2_5_VL.* differs by .* Train it in a stock Tr"
+    ):
+        train_objective(config, "dft", drawn[:4], tmp_path)
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
+    monkeypatch.undo()
+    train_objective(config, "dft", drawn[:4], tmp_path)
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1

@@ -25,6 +25,9 @@ COLUMNS = (
 """Sums over tokens. error: 1 - p, the size of the gradient of -log p on the target's logit; pull: w x error."""
 GROUPS = ("all", *KINDS)
 
+Seen = tuple[dict[str, Tensor], Tensor | None, Tensor | None]  # statistics, token_kinds, source_ids of a micro-batch
+FOLD = 1 << 18  # tokens kept until they are summed up: 7 MB
+
 PATIENCE = 3  # logs in a row until what starves is called starved
 ENOUGH = 8  # tokens of a kind between two logs, to judge by
 STARVED_SHARE, STARVED_PULL = 0.5, 0.1  # most of a kind's tokens below p = 0.1, with a tenth of SFT's pull or less
@@ -41,21 +44,35 @@ class TokenDiagnostics:
     def __init__(self, sources: Sequence[str] = ()) -> None:
         """sources: names for `source_ids`; tokens of none of them are counted under the total alone."""
         self.sources = list(sources)
-        self.seen: list[tuple[dict[str, Tensor], Tensor | None, Tensor | None]] = []
+        self.seen: list[Seen] = []
+        self._tokens = 0  # in seen
+        self._folded: tuple[Tensor, Tensor] | None = None  # sums and histogram of what is no longer in seen
 
     def add(self, stats: Mapping[str, Tensor], kinds: Tensor | None = None, sources: Tensor | None = None) -> None:
         """Keep `log_p`, `weight`, `entropy` [n] (and `kl` [n]); token_kinds and source_ids [n] where there are any."""
         kept = {name: stats[name].detach() for name in ("log_p", "weight", "entropy", "kl") if name in stats}
         self.seen.append((kept, kinds, sources))
+        self._tokens += len(kept["log_p"])
+        if self._tokens >= FOLD:
+            self._fold()
+
+    def _fold(self) -> None:
+        """Sum up what was kept, so that memory does not grow between two logs."""
+        sums, histogram = self._sums()
+        before = self._folded
+        self._folded = (sums, histogram) if before is None else (before[0] + sums, before[1] + histogram)
+        self.seen.clear()
+        self._tokens = 0
 
     def summary(self, reduce: Callable[[Tensor], Tensor] = lambda sums: sums) -> tuple[dict[str, float], Tensor]:
         """Numbers since the last call for a logger, and the sums [sources + 1, GROUPS, COLUMNS] behind them.
 
         reduce: sums a tensor over processes; all of them must call at once. Empty where no process saw a token.
         """
-        sums, histogram = self._sums()
+        self._fold()
+        sums, histogram = self._folded or self._sums()
         joined = reduce(torch.cat([sums.flatten(), histogram]))
-        self.seen.clear()
+        self._folded = None
         sums, histogram = joined[: sums.numel()].view(sums.shape).cpu(), joined[sums.numel() :].cpu()
         total = sums.sum(0)[0]
         if not total[0] > 0:
@@ -90,9 +107,7 @@ class TokenDiagnostics:
         return sums, histogram
 
 
-def _joined(
-    seen: Sequence[tuple[dict[str, Tensor], Tensor | None, Tensor | None]],
-) -> Iterable[tuple[dict[str, Tensor], Tensor | None, Tensor | None]]:
+def _joined(seen: Sequence[Seen]) -> Iterable[Seen]:
     """What was seen, in few large pieces."""
     if not seen:
         return

@@ -230,6 +230,37 @@ def attach_loss(model: Any) -> Any:
     return model
 
 
+@torch.no_grad()
+def check_loss(model: Any, batch: dict[str, Any]) -> float:
+    """The largest difference of a target's log p by the attached loss from that by the model's own logits.
+
+    A family may do more to its logits than a head and a soft cap: what is trained must be what answers. Raises ModelError
+    where they differ by more than rounding (0.1 in half precision, else 1e-3), in the mean over the targets.
+    """
+    device = next(model.parameters()).device
+    inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            ours = model(**inputs, objective="nll")["log_p"]
+            labels = inputs.pop("labels")
+            logits = model(**inputs).logits[:, :-1].float()
+    finally:
+        model.train(was_training)
+    rows = labels[:, 1:] != IGNORE
+    own = logits[rows].log_softmax(-1).gather(1, labels[:, 1:][rows].unsqueeze(1)).squeeze(1)
+    difference = (ours.float() - own).abs()
+    half = device.type == "cuda" or next(model.parameters()).dtype.itemsize < 4
+    if not float(difference.mean()) < (0.1 if half else 1e-3):
+        raise ModelError(
+            f"The attached loss is not that of {type(model).__name__}'s own logits: log p of {len(own)} tokens differs by "
+            f"{float(difference.mean()):.3g} in the mean. Expected its logits to be the head's output (with a soft cap, if its config "
+            "says so). Train it in a stock Trainer with dft_loss, which takes the logits as they are."
+        )
+    return float(difference.max())
+
+
 def response_hidden(model: Any, labels: Tensor, inputs: dict[str, Any]) -> Tensor:
     """[n, H], the last hidden states of the rows that predict a target; all vision inputs are passed on."""
     hidden = model.model(**{**inputs, "use_cache": False}).last_hidden_state  # [B, L, H]

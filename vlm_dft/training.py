@@ -19,7 +19,7 @@ from vlm_dft.config import TrainConfig
 from vlm_dft.diagnostics import Alarm
 from vlm_dft.errors import ModelError
 from vlm_dft.locate import deepspeed_file
-from vlm_dft.loss_head import Kl, attach_loss
+from vlm_dft.loss_head import Kl, attach_loss, check_loss
 from vlm_dft.models import (
     add_lora,
     choose_attention,
@@ -87,6 +87,19 @@ class _Metrics(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar is not None:
             self.bar.close()
+
+
+class _Loss(TrainerCallback):
+    """Refuses to train a model whose own logits are not what the attached loss makes of its hidden states. Raises ModelError."""
+
+    def __init__(self, collator: ChatCollator) -> None:
+        asked, said = {"role": "user", "content": "Well?"}, {"role": "assistant", "content": "Two red bars: 12."}
+        other = collator.apart()
+        other.packing, other.tag_sources = False, None
+        self.batch = other([Example([asked, said])])
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        check_loss(model, self.batch)
 
 
 class _Packing(TrainerCallback):
@@ -255,7 +268,7 @@ def train_objective(
         **loss_terms(config),
         sources=sources,
         on_alarm=metrics.say,
-        callbacks=[metrics, *([_Packing(collator)] if collator.packing else [])],
+        callbacks=[metrics, _Loss(collator), *([_Packing(collator)] if collator.packing else [])],
     )
     metrics.alarms = trainer.alarms
     trainer.remove_callback(PrinterCallback)
