@@ -1,9 +1,13 @@
-"""Run by test_distributed.py under torchrun: train on the drawn set for a few steps, and say which engine really ran."""
+"""Run by test_distributed.py under torchrun: train on the drawn set for a few steps, and say which engine really ran.
+
+Words: a folder, and {name: settings} of runs that follow each other in the same processes, each into folder/name.
+"""
 
 import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -13,14 +17,14 @@ from vlm_dft.config import resolve_config
 from vlm_dft.recipes import load_recipe, read_recipe
 
 torch.set_num_threads(1)
-folder, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
-config = resolve_config(("worker", settings))
-if config.deepspeed:
+folder, runs = Path(sys.argv[1]), json.loads(sys.argv[2])
+configs = {name: resolve_config(("worker", settings)) for name, settings in runs.items()}
+if any(config.deepspeed for config in configs.values()):
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it is compiled, for minutes, and not used
 examples = load_recipe(read_recipe("drawn"), None, limit=24)[0]
-engines = []
+engines: list[Any] = []
 
 
 class Engine(transformers.TrainerCallback):
@@ -39,8 +43,9 @@ def remember(self, *args, **kwargs):  # type: ignore[no-untyped-def]
 
 
 training.DFTTrainer.__init__ = remember  # type: ignore[method-assign]
-training.train_objective(config, "dft", examples, folder)
-if int(os.environ.get("RANK", "0")) == 0:
-    (folder / "engine.json").write_text(json.dumps(engines[-1]))
+for name, config in configs.items():
+    training.train_objective(config, "dft", examples, folder / name)
+    if int(os.environ.get("RANK", "0")) == 0:
+        (folder / name / "engine.json").write_text(json.dumps(engines[-1]))
 sys.stderr.flush()
 os._exit(0)  # as the command does: a thread of gloo may abort while Python is taken down

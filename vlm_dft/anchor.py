@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -12,7 +13,6 @@ from vlm_dft.objectives import AT_ONCE
 
 Direction = Literal["forward", "reverse"]
 DIRECTIONS: tuple[str, ...] = get_args(Direction)
-TINY = 1e-45  # the smallest fp32: a logit more than 103 below the largest counts as that
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +35,17 @@ class Anchor:
     def select(self, rows: Tensor, weight: Tensor) -> Anchor:
         """The anchor of the given rows, detached. Raises ValueError where it does not fit the head's weight [V, H]."""
         check_direction(self.direction, self.strength)
-        if self.hidden.shape[:1] != rows.shape or len(self.weight) != len(weight):
+        fits = self.weight.ndim == 2 and self.hidden.shape == (len(rows), self.weight.shape[1])
+        if (
+            not fits
+            or len(self.weight) != len(weight)
+            or (self.bias is not None and self.bias.shape != weight.shape[:1])
+        ):
+            found = None if self.bias is None else [*self.bias.shape]
             raise ValueError(
-                f"Expected an anchor with hidden [{len(rows)}, H] and weight [{len(weight)}, H], found {[*self.hidden.shape]} "
-                f"and {[*self.weight.shape]}. Does the reference have the same vocabulary, and saw it the same batch?"
+                f"Expected an anchor with hidden [{len(rows)}, H], weight [{len(weight)}, H] and bias [{len(weight)}] or none, found "
+                f"{[*self.hidden.shape]}, {[*self.weight.shape]} and {found}. Does the reference have the same vocabulary, and saw it "
+                "the same batch?"
             )
         bias = None if self.bias is None else self.bias.detach()
         return replace(self, hidden=self.hidden.detach()[rows], weight=self.weight.detach(), bias=bias)
@@ -46,41 +53,40 @@ class Anchor:
 
 def check_direction(direction: str | None, strength: float) -> None:
     """Raise ValueError unless the strength is positive and the direction is said."""
-    if direction not in DIRECTIONS or not strength > 0:
+    if direction not in DIRECTIONS or not 0 < strength < math.inf:
         raise ValueError(
             f"Expected a KL strength above 0 and a direction, found {strength} and {direction!r}. Directions: 'forward', "
             "KL(reference || model), or 'reverse', KL(model || reference)."
         )
 
 
-def anchor_tile(
-    anchor: Anchor, part: slice, tile: Tensor, mass: Tensor, with_gradient: bool
-) -> tuple[Tensor, Tensor | None]:
-    """KL [c] of a tile of unnormalised probabilities [c, V] with sums mass [c], and its gradient by the logits [c, V]."""
-    rows, weight = anchor.hidden[part].to(tile.dtype), anchor.weight
-    pull = torch.empty_like(tile)  # holds the reference's logits, then the gradient
-    step = len(weight) if weight.dtype == tile.dtype else max(1, AT_ONCE // max(1, weight.shape[1]))
-    for start in range(0, len(weight), step):
-        piece = slice(start, start + step)
-        pull[:, piece] = rows @ weight[piece].to(tile.dtype).T
-    if anchor.bias is not None:
-        pull += anchor.bias
-    if anchor.soft_cap is not None:
-        pull.div_(anchor.soft_cap).tanh_().mul_(anchor.soft_cap)
-    kl = torch.empty_like(mass)
-    height = max(1, AT_ONCE // max(1, tile.shape[1]))
-    for start in range(0, len(tile), height):
-        few = slice(start, start + height)
-        total = mass[few].unsqueeze(1)
-        p = tile[few] / total
-        log_p = tile[few].clamp(min=TINY).log_().sub_(total.log())
-        log_q = pull[few].log_softmax(1)
-        if anchor.direction == "forward":
+class AnchorTile:
+    """The anchor's side of a tile of logits [c, V]: `kl` [c] and its gradient by the logits, `pull` [c, V], once all rows were seen."""
+
+    def __init__(self, anchor: Anchor, part: slice, tile: Tensor) -> None:
+        """Form the reference's logits of the rows of a chunk."""
+        self.strength, self.direction = anchor.strength, anchor.direction
+        rows, weight = anchor.hidden[part].to(tile.dtype), anchor.weight
+        self.kl, self.pull = tile.new_empty(len(tile)), torch.empty_like(tile)  # pull: first the logits
+        step = len(weight) if weight.dtype == tile.dtype else max(1, AT_ONCE // max(1, weight.shape[1]))
+        for start in range(0, len(weight), max(1, step)):
+            piece = slice(start, start + step)
+            self.pull[:, piece] = rows @ weight[piece].to(tile.dtype).T
+        if anchor.bias is not None:
+            self.pull += anchor.bias
+        if anchor.soft_cap is not None:
+            self.pull.div_(anchor.soft_cap).tanh_().mul_(anchor.soft_cap)
+
+    def visit(self, rows: slice, logits: Tensor, exponentials: Tensor) -> None:
+        """Take in some rows of the model's logits, their maximum 0, and of their exponentials [r, V]; neither is changed."""
+        mass = exponentials.sum(1, keepdim=True)
+        log_p, log_q = logits - mass.log(), self.pull[rows].log_softmax(1)
+        p = exponentials / mass
+        if self.direction == "forward":
             q = log_q.exp()
-            kl[few] = torch.where(q > 0, q * (log_q - log_p), 0.0).sum(1)
-            pull[few] = p.sub_(q)
+            self.kl[rows] = torch.where(q > 0, q * (log_q - log_p), 0.0).sum(1)
+            self.pull[rows] = p.sub_(q)
         else:
             surprise = torch.where(p > 0, log_p - log_q, 0.0)
-            kl[few] = (p * surprise).sum(1)
-            pull[few] = p.mul_(surprise.sub_(kl[few].unsqueeze(1)))
-    return kl, pull if with_gradient else None
+            self.kl[rows] = (p * surprise).sum(1)
+            self.pull[rows] = p.mul_(surprise.sub_(self.kl[rows].unsqueeze(1)))

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vlm_dft.explain import token_texts
+
 if TYPE_CHECKING:
     from vlm_dft.alignment import Ints
 
@@ -19,10 +21,27 @@ MEANING = {"first": "first tokens of responses", "digit": "tokens with digits", 
            "answer": "tokens of the final answer", "end": "end-of-turn tokens"}  # fmt: skip
 
 FORMAT_STRINGS = ("<think>", "</think>", "<answer>", "</answer>", "\\boxed", "Answer:", "answer is")
-ANSWERS = (
-    r"<answer>(.*?)(?:</answer>|$)", r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}", r"(?i:answer\s+is|answer)\s*:?\s*(.+?)\s*\.?\s*$",
-)  # fmt: skip
-"""Where a response states its final answer: the first pattern that is found, the last time it is."""
+TAGGED = re.compile(r"<answer>(.*?)(?:</answer>|$)", re.DOTALL)
+STATED = re.compile(r"(?i:\banswer\s*(?:is\b\s*:?|:))\s*")  # "Answer: 3", "The answer is 3."
+
+
+def final_answer(text: str) -> tuple[int, int] | None:
+    """Where a response states its final answer: in the last <answer> tag, else the last \\boxed, else after the last "answer is"
+    or "answer:", to the end of the text and without a full stop. Characters [start, end), or None."""
+    for found in reversed(list(TAGGED.finditer(text))):
+        return found.span(1)
+    boxed = text.rfind("\\boxed{")
+    if boxed >= 0:
+        depth, start = 0, boxed + len("\\boxed{")
+        for k in range(start - 1, len(text)):
+            depth += {"{": 1, "}": -1}.get(text[k], 0)
+            if depth == 0:
+                return start, k
+    for found in reversed(list(STATED.finditer(text))):
+        said = text[found.end() :].rstrip().removesuffix(".").rstrip()
+        if said:
+            return found.end(), found.end() + len(said)
+    return None
 
 
 class TokenKinds:
@@ -32,7 +51,6 @@ class TokenKinds:
         """format_strings: literal texts whose tokens are of the kind "format"."""
         self.tokenizer = tokenizer
         self.format = re.compile("|".join(map(re.escape, format_strings)) or r"(?!)")
-        self.answers = [re.compile(pattern, re.DOTALL) for pattern in ANSWERS]
         self._texts: dict[int, str] = {}
         special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
         self.ends = special | {int(token) for token in tokenizer.all_special_ids}
@@ -44,19 +62,22 @@ class TokenKinds:
             return kinds
         tokens = ids.tolist()
         texts = [self._text(token) for token in tokens]
-        ended = tokens[-1] in self.ends
-        if ended:
-            kinds[-1] |= KINDS["end"]
-            texts[-1] = ""
+        if any("\N{REPLACEMENT CHARACTER}" in text for text in texts):  # characters spread over several tokens
+            texts = token_texts(tokens, lambda some: self.tokenizer.decode(some, skip_special_tokens=False))
+        stop = len(tokens)
+        while stop and tokens[stop - 1] in self.ends:  # Cohere ends a turn with two tokens
+            stop -= 1
+        texts = texts[:stop]
+        kinds[stop:] = KINDS["end"]
         kinds[0] |= KINDS["first"]
-        kinds[[any(c.isdigit() for c in text) for text in texts]] |= KINDS["digit"]
-        text = "".join(texts)
+        said, text = kinds[:stop], "".join(texts)
+        said[[any(c.isdigit() for c in text) for text in texts]] |= KINDS["digit"]
         ends = np.cumsum([len(piece) for piece in texts])
         for found in self.format.finditer(text):
-            _mark(kinds, ends, found.span(), KINDS["format"])
-        answer = next((last for pattern in self.answers for last in list(pattern.finditer(text))[-1:]), None)
+            _mark(said, ends, found.span(), KINDS["format"])
+        answer = final_answer(text)
         if answer is not None:
-            _mark(kinds, ends, answer.span(1), KINDS["answer"])
+            _mark(said, ends, answer, KINDS["answer"])
         return kinds
 
     def _text(self, token: int) -> str:
@@ -70,10 +91,14 @@ class TokenKinds:
 
 
 def _mark(kinds: Ints, ends: Ints, span: tuple[int, int], bit: int) -> None:
-    """Set a bit on the tokens that hold characters [start, end); ends: of each token, in characters."""
-    first, stop = np.searchsorted(ends, span[0], "right"), np.searchsorted(ends, span[1], "left")
+    """Set a bit on the tokens that hold characters [start, end); ends: of each token, in characters.
+
+    Of a character of several tokens the first one holds it, and those after it nothing: they go with it.
+    """
     if span[1] > span[0]:
-        kinds[first : stop + 1] |= bit
+        last = np.searchsorted(ends, span[1], "left")  # the token that holds the last character, or is the first of it
+        stop = np.searchsorted(ends, ends[last], "right")
+        kinds[np.searchsorted(ends, span[0], "right") : stop] |= bit
 
 
 def kind_bits(names: Sequence[str]) -> int:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from vlm_dft.anchor import Anchor
 from vlm_dft.loss_tiles import CHUNK, GPU_CHUNK, Call, Term, run_tiles
-from vlm_dft.objectives import IGNORE, Objective, find_objective
+from vlm_dft.objectives import IGNORE, OBJECTIVES, Objective, find_objective
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +91,7 @@ def fused_linear_loss(
             "smoothed loss is another quantity. Leave it out; objective='mix' softens DFT."
         )
     _check_shapes(hidden, weight, targets, bias, low_rank, weight_grad)
+    _check_numbers(num_items, soft_cap, chunk_size)
     for name, given in (
         ("token_weights", token_weights),
         ("objective_ids", objective_ids),
@@ -100,7 +101,9 @@ def fused_linear_loss(
             raise ValueError(f"Expected {name} {[*targets.shape]}, one per target, found {[*given.shape]}.")
     rows = targets != IGNORE
     kept = targets[rows]
-    _check_targets(kept, weight.shape[0])
+    _check_range(kept, "Targets", 0, weight.shape[0], "Do the tokenizer and the head belong to the same model?")
+    if objective_ids is not None:
+        _check_range(objective_ids[rows], "objective_ids", -1, len(OBJECTIVES), "They index sorted(OBJECTIVES).")
     count = kept.numel() if num_items is None else num_items
     dtype = torch.float64 if torch.float64 in (hidden.dtype, weight.dtype) else torch.float32
     call = Call(
@@ -112,7 +115,7 @@ def fused_linear_loss(
         soft_cap=soft_cap,
         anchor=None if anchor is None else anchor.select(rows, weight),
         weight_grad=weight_grad,
-        chunk=max(1, chunk_size or (CHUNK if hidden.device.type == "cpu" else GPU_CHUNK)),
+        chunk=chunk_size or (CHUNK if hidden.device.type == "cpu" else GPU_CHUNK),
         dtype=dtype,
         with_grad=torch.is_grad_enabled(),
         with_stats=return_stats,
@@ -128,6 +131,8 @@ def _check_shapes(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, low_rank: tuple[Tensor, Tensor] | None,
     weight_grad: Tensor | None,
 ) -> None:  # fmt: skip
+    if not (hidden.is_floating_point() and weight.is_floating_point()):
+        raise ValueError(f"Expected hidden and weight of floating point, found {hidden.dtype} and {weight.dtype}.")
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"Expected hidden [N, H] and weight [V, H], found {[*hidden.shape]} and {[*weight.shape]}.")
     if targets.shape != hidden.shape[:1]:
@@ -136,23 +141,40 @@ def _check_shapes(
         raise ValueError(f"Expected bias [{weight.shape[0]}], found {[*bias.shape]}.")
     if low_rank is not None:
         down, up = low_rank
-        if down.shape[:1] != hidden.shape[:1] or up.shape[:1] != weight.shape[:1] or down.shape[1:] != up.shape[1:]:
+        if (
+            (len(hidden), len(weight)) != (len(down), len(up))
+            or down.ndim != 2
+            or up.ndim != 2
+            or down.shape[1] != up.shape[1]
+        ):
             raise ValueError(
                 f"Expected low_rank [{hidden.shape[0]}, r] and [{weight.shape[0]}, r], found {[*down.shape]} and {[*up.shape]}."
             )
-    if weight_grad is not None and (weight_grad.shape != weight.shape or weight_grad.dtype.itemsize < 4):
+    if weight_grad is not None and (
+        weight_grad.shape != weight.shape or weight_grad.dtype not in (torch.float32, torch.float64)
+    ):
         raise ValueError(
             f"Expected weight_grad {[*weight.shape]} in fp32 (or fp64), found {[*weight_grad.shape]} in {weight_grad.dtype}."
         )
 
 
-def _check_targets(targets: Tensor, vocabulary: int) -> None:
-    low, high = (int(edge) for edge in targets.aminmax()) if targets.numel() else (0, 0)
-    if low < 0 or high >= vocabulary:
-        raise ValueError(
-            f"Targets must be -100 or in [0, {vocabulary}), found {low} to {high}. Do the tokenizer and the head belong to "
-            "the same model?"
-        )
+def _check_numbers(num_items: Any, soft_cap: float | None, chunk_size: int | None) -> None:
+    if isinstance(num_items, (int, float)) and not 0 <= num_items < math.inf:
+        raise ValueError(f"Expected num_items of 0 or more, the supervised tokens of the step, found {num_items}.")
+    if soft_cap is not None and not 0 < soft_cap < math.inf:
+        raise ValueError(f"Expected a soft_cap above 0, or None, found {soft_cap}.")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"Expected a chunk_size of at least 1, found {chunk_size}.")
+
+
+def _check_range(values: Tensor, name: str, low: int, stop: int, hint: str) -> None:
+    """Raise ValueError unless the values are integers in [low, stop)."""
+    if values.dtype.is_floating_point or values.dtype.is_complex or values.dtype == torch.bool:
+        raise ValueError(f"Expected integer {name}, found {values.dtype}.")
+    least, most = (int(edge) for edge in values.aminmax()) if values.numel() else (low, low)
+    if least < low or most >= stop:
+        ignored = "-100 or " if low == 0 else ""
+        raise ValueError(f"{name} must be {ignored}in [{low}, {stop}), found {least} to {most}. {hint}")
 
 
 class _FusedLinearLoss(torch.autograd.Function):
@@ -185,8 +207,11 @@ class _FusedLinearLoss(torch.autograd.Function):
         return loss, *stats
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "fused_linear_loss has no second derivative (create_graph=True). Use dft_loss on full logits for it."
+            )
         if ctx.grads is None:
             raise RuntimeError(
                 "The gradients of fused_linear_loss are formed in its forward pass and given out once. Expected one backward "

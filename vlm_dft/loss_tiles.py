@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vlm_dft.anchor import Anchor, anchor_tile
+from vlm_dft.anchor import Anchor, AnchorTile
 from vlm_dft.objectives import AT_ONCE, Objective, TokenStats, weights_of
 
 CHUNK = 240  # rows of logits alive at a time: with what is beside them 156 MB at V = 151,936, a tile of 256 rows
@@ -39,7 +39,8 @@ class Call:
         """The objective's weights of the tokens of a chunk."""
         ids = None if self.objective_ids is None else self.objective_ids[part]
         full = None if self.full_weight is None else self.full_weight[part]
-        return weights_of(stats, self.objective, objective_ids=ids, full_weight=full)
+        with torch.enable_grad():  # so that an objective with parameters of its own is seen, and refused
+            return weights_of(stats, self.objective, objective_ids=ids, full_weight=full)
 
 
 class Term:
@@ -146,7 +147,8 @@ def run_tiles(
             pair.add_logits(part, tile, first=k == 0)
         if bias is not None:
             tile += bias
-        log_p, rest, mass, high, entropy = _exponentials(tile, gold, call.soft_cap, call.with_stats)
+        anchored = None if call.anchor is None else AnchorTile(call.anchor, part, tile)
+        log_p, rest, mass, entropy, slope = _exponentials(tile, gold, call, anchored, wants_gradients)
         seen = TokenStats(log_p, lambda tile=tile, mass=mass: (tile, mass))  # type: ignore[misc]
         if entropy is not None:
             seen.entropy = entropy
@@ -154,20 +156,17 @@ def run_tiles(
         row = weight * call.scale if call.factors is None else weight * call.factors[part] * call.scale
         total -= torch.where(row == 0, 0.0, row * log_p).double().sum()  # p = 0: 0 * -inf is meant to be 0
         found = [log_p, weight, seen.entropy] if call.with_stats else [log_p]
-        pull = None
-        if call.anchor is not None:
-            kl, pull = anchor_tile(call.anchor, part, tile, mass, wants_gradients)
-            total += call.anchor.strength * (kl * call.scale).double().sum()
-            found.append(kl)
+        if anchored is not None:
+            total += anchored.strength * (anchored.kl * call.scale).double().sum()
+            found.append(anchored.kl)
         for column, values in zip(stats, found, strict=True):
             column[part] = values
         if not wants_gradients:
             continue
-        slope = None if call.soft_cap is None else _slope(tile, high, call.soft_cap)
         tile.scatter_(1, gold, -rest.unsqueeze(1))  # softmax - onehot, times mass: without cancellation near p = 1
         row_scale = row / mass
-        if pull is not None and call.anchor is not None:
-            tile.mul_(row_scale.unsqueeze(1)).add_(pull.mul_(call.anchor.strength * call.scale))
+        if anchored is not None:
+            tile.mul_(row_scale.unsqueeze(1)).add_(anchored.pull.mul_(anchored.strength * call.scale))
             row_scale = torch.ones_like(row_scale)
         if slope is not None:
             tile.mul_(slope)
@@ -179,40 +178,40 @@ def run_tiles(
 
 
 def _exponentials(
-    tile: Tensor, gold: Tensor, soft_cap: float | None, with_entropy: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    tile: Tensor, gold: Tensor, call: Call, anchored: AnchorTile | None, wants_gradients: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Turn logits into exp(logits - their maximum), in place, a few rows at a time so that they stay in a CPU's cache.
 
-    Returns, each [c]: log p of gold, the sum of all others' exponentials, the sum of all, the largest logit, and the entropy
-    if wanted. log p = -log1p(rest / e_gold) is exact near p = 1, where log(e_gold / mass) has lost all digits.
+    Returns, each [c]: log p of gold, the sum of all others' exponentials, the sum of all, and the entropy if wanted; and the
+    derivative [c, V] of soft-capped logits. The anchor sees the rows while the logits are at hand.
+    log p = -log1p(rest / e_gold) is exact near p = 1, where log(e_gold / mass) has lost all digits.
     """
     step = max(1, AT_ONCE // max(1, tile.shape[1])) if tile.device.type == "cpu" else max(1, len(tile))
-    high, rest, logit, e_gold, cross = tile.new_empty(5, len(tile)).unbind()
-    scratch = tile.new_empty(min(step, len(tile)), tile.shape[1]) if with_entropy else None
+    rest, logit, e_gold, cross = tile.new_empty(4, len(tile)).unbind()
+    keeps = call.with_stats or anchored is not None
+    scratch = tile.new_empty(min(step, len(tile)), tile.shape[1]) if keeps else None
+    slope = torch.empty_like(tile) if call.soft_cap is not None and wants_gradients else None
     for start in range(0, len(tile), step):
         rows = slice(start, start + step)
         block, own = tile[rows], gold[rows]
-        if soft_cap is not None:
-            block.div_(soft_cap).tanh_().mul_(soft_cap)
-        high[rows] = block.amax(1)
-        block.sub_(high[rows].unsqueeze(1))
+        if call.soft_cap is not None:
+            block.div_(call.soft_cap).tanh_()
+            if slope is not None:
+                slope[rows] = 1 - block.square()
+            block.mul_(call.soft_cap)
+        block.sub_(block.amax(1, keepdim=True))
         logit[rows] = block.gather(1, own).squeeze(1)
         if scratch is None:
             block.exp_()
-        else:  # sum of e^x * x, while x is at hand
-            spare = scratch[: len(block)]
-            torch.exp(block, out=spare)
-            cross[rows] = block.clamp_(min=-1e4).mul_(spare).sum(1)  # -inf * 0 is meant to be 0
-            block.copy_(spare)
+        else:
+            e = torch.exp(block, out=scratch[: len(block)])
+            if anchored is not None:
+                anchored.visit(rows, block, e)
+            cross[rows] = block.clamp_(min=-1e4).mul_(e).sum(1)  # of e^x x; -inf * 0 is meant to be 0
+            block.copy_(e)
         e_gold[rows] = block.gather(1, own).squeeze(1)
         rest[rows] = block.scatter_(1, own, 0.0).sum(1)
         block.scatter_(1, own, e_gold[rows].unsqueeze(1))
     mass = rest + e_gold
     log_p = torch.where(e_gold > rest, -(rest / e_gold).log1p(), logit - mass.log())
-    return log_p, rest, mass, high, mass.log() - cross / mass if with_entropy else None
-
-
-def _slope(tile: Tensor, high: Tensor, soft_cap: float) -> Tensor:
-    """Derivative of the capped logits by the logits, 1 - (y / cap)^2, from exp(y - high); 0 where that is 0."""
-    capped = tile.log().add_(high.unsqueeze(1)).clamp_(min=-soft_cap)
-    return capped.div_(soft_cap).square_().neg_().add_(1.0)
+    return log_p, rest, mass, mass.log() - cross / mass if call.with_stats else None, slope

@@ -112,7 +112,7 @@ def eaft(stats: TokenStats, *, k: int = 20) -> Tensor:
 
 def deft(stats: TokenStats) -> Tensor:
     """w = p^a with a = sum_v p_v^2: near nll where the model knows nothing, near dft where it is certain (2602.11424)."""
-    return (stats.sum_p2 * stats.log_p.clamp(min=-1e30)).exp()
+    return (stats.sum_p2 * stats.log_p).exp()
 
 
 def chord(stats: TokenStats) -> Tensor:
@@ -171,6 +171,8 @@ def _parameters(text: str, name: str) -> dict[str, float]:
     found: dict[str, float] = {}
     for piece in filter(str.strip, text.split(",")):
         key, equals, word = (part.strip() for part in piece.partition("="))
+        if key in found:
+            raise ValueError(f"Objective {name}: {key} is given twice.")
         if not equals or key not in known:
             raise ValueError(
                 f"Objective {name}: unknown parameter {piece.strip()!r}.{nearest(key, known)} Known: {said}."
@@ -199,21 +201,29 @@ def weights_of(
     """The weights [n] of tokens, some of which have an objective of their own, or the full weight of nll.
 
     objective_ids [n]: index into sorted OBJECTIVES, -1 for `objective`; full_weight [n] bool: w = 1 whatever the objective.
-    Raises ValueError where an objective does not return one weight a token, or has let a gradient through.
+    Raises ValueError where an objective does not return one weight a token, or lets a gradient through.
     """
-    weight = objective(stats)
+    weight = _checked(objective(stats), objective, stats.log_p)
     if objective_ids is not None:
         for index in objective_ids.unique().tolist():
             if index >= 0:
-                own = OBJECTIVES[sorted(OBJECTIVES)[index]](stats)
-                weight = own.where(objective_ids == index, weight)
-    if getattr(weight, "shape", None) != stats.log_p.shape or weight.requires_grad:
-        raise ValueError(
-            f"Objective {getattr(objective, '__name__', objective)}: expected detached weights {[*stats.log_p.shape]}, one a "
-            f"token, found {[*weight.shape] if hasattr(weight, 'shape') else weight!r}."
-        )
-    weight = weight.to(stats.log_p.dtype)
+                named = OBJECTIVES[sorted(OBJECTIVES)[index]]
+                weight = _checked(named(stats), named, stats.log_p).where(objective_ids == index, weight)
     return weight if full_weight is None else weight.masked_fill(full_weight, 1.0)
+
+
+def _checked(weight: Any, objective: Objective, log_p: Tensor) -> Tensor:
+    """An objective's weights in the dtype of log p. Raises ValueError where they are not one detached weight a token."""
+    name = getattr(objective, "__name__", repr(objective))
+    if getattr(weight, "shape", None) != log_p.shape:
+        found = [*weight.shape] if hasattr(weight, "shape") else repr(weight)
+        raise ValueError(f"Objective {name}: expected weights {[*log_p.shape]}, one a token, found {found}.")
+    if weight.requires_grad:
+        raise ValueError(
+            f"Objective {name}: its weights require a gradient, expected a pure function of TokenStats, which are detached. "
+            "Does it compute with a parameter? Detach that."
+        )
+    return weight.to(log_p.dtype)  # type: ignore[no-any-return]
 
 
 def token_loss(
@@ -261,7 +271,7 @@ def dft_loss(
     when given: tokens of the whole step, not examples). Works in one's own loop and as `compute_loss_func` of a
     transformers Trainer. In one's own loop, take `loss_weights` and `objective_ids` out of the batch, where there are any,
     and give them here (a Trainer of other people passes none: train such rows with ours). Never forms less than the
-    logits: for large vocabularies use `fused_linear_loss`.
+    logits: for large vocabularies use `fused_linear_loss`, which also keeps the digits of fp32 near p = 1.
     """
     return token_loss(
         getattr(logits, "logits", logits),

@@ -64,6 +64,11 @@ class DFTTrainer(Trainer):
                 "an objective weighs. Leave it out; objective='mix' softens DFT."
             )
         find_objective(objective)  # raises for an unknown one
+        if reference is not None and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            raise ModelError(
+                "reference = a frozen copy is not sharded by DeepSpeed or FSDP. Train with LoRA, and leave it out: the reference is "
+                "then the model with its adapters off."
+            )
         self.objective: str | Objective = objective
         self.kl, self.cadft = kl, cadft
         self.reference = None if reference is None else reference.eval().requires_grad_(False)
