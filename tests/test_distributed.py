@@ -125,6 +125,9 @@ def run_plan(plan: list[tuple[str, str, tuple[str, ...]]], folder: Path, **more:
     ]  # fmt: skip
     groups[0]["cases"] |= more
     said = launch([str(ROOT / "tests/loss_worker.py"), str(folder), json.dumps(groups)], 380)
+    said = "\n".join(
+        line for line in said.replace("\r", "\n").splitlines() if line.strip() and "it/s]" not in line
+    )  # no bars
 
     def result(engine: str, split: str, case: str) -> Found:
         file = folder / f"{engine} {split} {case}.pt"

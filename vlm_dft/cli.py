@@ -207,7 +207,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _inspect(arguments: argparse.Namespace) -> int:
+def _model_and_recipe(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """The resolved config and the recipe's card, every name looked up. Raises a UserError; nothing is loaded."""
     from vlm_dft.config import recipe_layer, resolve_config
     from vlm_dft.locate import resolve_model
     from vlm_dft.recipes import read_recipe, recipe_root
@@ -218,6 +219,11 @@ def _inspect(arguments: argparse.Namespace) -> int:
     card = read_recipe(config.recipe)
     resolve_model(config.model)
     recipe_root(card, config.data)
+    return config, card
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    config, card = _model_and_recipe(arguments)
     if arguments.limit < 1 or arguments.start < 0:
         raise UserError(
             f"Expected -n of at least 1 and --start of at least 0, found {arguments.limit}, {arguments.start}."
@@ -254,16 +260,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _probe(arguments: argparse.Namespace) -> int:
-    from vlm_dft.config import recipe_layer, resolve_config
-    from vlm_dft.locate import resolve_model
-    from vlm_dft.recipes import read_recipe, recipe_root
-
-    given = ("recipe", "model", "data", *INSPECT_SETTINGS)
-    words = {name: value for name, value in vars(arguments).items() if name in given and value is not None}
-    config = resolve_config((f"recipe {arguments.recipe!r}", recipe_layer(arguments.recipe)), ("command line", words))
-    card = read_recipe(config.recipe)
-    resolve_model(config.model)
-    recipe_root(card, config.data)
+    config, card = _model_and_recipe(arguments)
     if arguments.count < 1:
         raise UserError(f"Expected -n of at least 1, found {arguments.count}.")
     for flag in ("json", "plot"):

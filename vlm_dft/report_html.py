@@ -86,11 +86,16 @@ def _gauge(report: Mapping[str, Any]) -> str:
     low = gauge.get("share_p_below_0.1")
     shares = f" {low:.0%} of them had p below 0.1, where DFT hardly looks." if low is not None else ""
     figure = gauge_figure(low, gauge.get("share_p_above_0.9", 0.0)) if low is not None else ""
+    blank = gauge.get("blank")
+    seen = "" if not blank else (
+        f" With blank pictures it is {blank['mean_p']:.3f}: the model "
+        f"{'looks at them' if blank['looking'] else 'hardly looks at them'}."
+    )  # fmt: skip
     return (
         "<section><h2>Before training: how strong is the prior?</h2>"
         f"{figure}"
         f"<p>Before the first step the model gave the tokens of the training responses a mean probability of "
-        f"<b>{gauge['mean_p']:.3f}{f' ± {se:.3f}' if se is not None else ''}</b>{count}.{shares}</p>"
+        f"<b>{gauge['mean_p']:.3f}{f' ± {se:.3f}' if se is not None else ''}</b>{count}.{shares}{seen}</p>"
         f"<p class=verdict>{escape(str(gauge.get('prediction', '')))}</p>"
         "<p class=note>Why the one predicts the other: DFT weighs every token's loss by its own probability p. Where the "
         "model already gives the right continuation a high p, a wrong label has a low one and is nearly ignored; where the "
