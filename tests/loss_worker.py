@@ -21,7 +21,7 @@ import torch
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.multiprocessing import start_processes
+from torch.multiprocessing import ProcessExitedException, start_processes
 from transformers import Trainer, TrainingArguments, set_seed
 
 from vlm_dft import ChatCollator, dft_loss
@@ -260,7 +260,11 @@ def main() -> None:
     failed = False
     for group in groups:
         try:
-            run_group(group, rows, processor, sys.argv[1])
+            try:
+                run_group(group, rows, processor, sys.argv[1])
+            except ProcessExitedException:  # a signal: a process that is forked from one that had threads may abort
+                traceback.print_exc()
+                run_group(group, rows, processor, sys.argv[1])
         except Exception:  # noqa: BLE001  # another engine's cases can still be told
             traceback.print_exc()
             failed = True

@@ -23,7 +23,7 @@ from PIL import Image
 from processors import BUILDERS, NEEDS, STRING_ASSISTANT_ONLY, build_processor, full_qwen_processor
 from tokenizers import decoders
 
-from vlm_dft import ChatCollator, MaskError
+from vlm_dft import OBJECTIVES, ChatCollator, MaskError
 from vlm_dft.errors import RowError
 from vlm_dft.explain import mask_report
 
@@ -858,7 +858,7 @@ def test_a_turns_weight_and_objective_lie_on_its_targets(family: str) -> None:
         targets = batch["labels"] != -100
         assert torch.equal(batch["labels"], plain["labels"])
         assert torch.equal(batch["loss_weights"], torch.where(targets, 0.25, 1.0))
-        assert torch.equal(batch["objective_ids"], torch.where(targets, 1, -1))  # sorted: dft, nll
+        assert torch.equal(batch["objective_ids"], torch.where(targets, sorted(OBJECTIVES).index("nll"), -1))
         return
     one = row(
         turn("user", None, "One?"), turn("assistant", "First.", weight=0.25), turn("user", "Two?"),
@@ -878,7 +878,7 @@ def test_a_turns_weight_and_objective_lie_on_its_targets(family: str) -> None:
         objectives.append(set(batch["objective_ids"][0, at : at + len(run)].tolist()))
         at += len(run)
     assert weights == [{0.25}, {1.0}, {3.0}]
-    assert objectives == [{-1}, {0}, {1}]  # sorted: dft, nll
+    assert objectives == [{-1}, {sorted(OBJECTIVES).index("dft")}, {sorted(OBJECTIVES).index("nll")}]
     assert (batch["loss_weights"][1] == 1).all() and (batch["objective_ids"][1] == -1).all()
     assert not {"loss_weights", "objective_ids"} & set(collator_of(family)([one_image()]))
 
