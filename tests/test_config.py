@@ -68,6 +68,11 @@ def test_lora_trains_the_language_model_whatever_the_recipe_trains_and_refuses_a
         ({"learning_rat": 1}, r"unknown setting 'learning_rat'. Did you mean 'learning_rate'\?"),
         ({"objective": "dfft"}, r"Unknown objective 'dfft'. Did you mean 'dft'\? Choose one of chord, deft, dft"),
         ({"objective": "floor(minimum=3)"}, "minimum must be a number from 0 to 1, found '3'"),
+        ({"objective": "floor(minimum=0.2),floor( minimum=.20 )"}, "expected one or several different names"),
+        (
+            {"source_objectives": "ocr=floor(minimum=0.2)"},
+            r"gives 'ocr' the unknown objective 'floor\(minimum=0.2\)'.*without par",
+        ),
         ({"objective": "dft,dft"}, "expected one or several different names"),
         (
             {"kl": 0.1},
@@ -124,3 +129,10 @@ def test_what_is_added_to_the_objective_is_read_from_words_and_from_a_file() -> 
     assert one.loss == {"kl": 0.03, "kl_direction": "reverse", "full_weight": ["end", "format"]}
     assert one.objective == ["mix(share=0.2)", "dft"] and one.max_pixels == 3136 and one.min_pixels is None
     assert resolve_config(("saved", one.as_dict())) == one  # as config.yaml gives it back
+
+
+def test_what_a_card_adds_can_be_switched_off() -> None:
+    card = {"kl": 0.1, "kl_direction": "forward", "full_weight": "end", "source_objectives": {"a": "nll"}}
+    off = {"kl": "0", "full_weight": "none", "source_objectives": "none"}
+    config = resolve_config(("recipe 'x'", card), ("command line", off))
+    assert config.loss == {"full_weight": []} and config.collator == {"source_objectives": {}}

@@ -1,5 +1,8 @@
 """What the loss saw of its tokens, summed up: over pieces, processes and sources, and the alarms that follow from it."""
 
+import json
+import math
+
 import pytest
 import torch
 
@@ -86,7 +89,9 @@ def test_an_alarm_needs_low_p_and_little_pull_for_three_logs_in_a_row() -> None:
         ([starved, starved, learnt, starved, starved, starved], [6]),
         ([fed] * 5, []),
         ([learnt] * 5, []),
-        ([log_of(1e-3, 1e-3, "end", count=5)] * 5, []),  # too few to judge by
+        ([log_of(1e-3, 1e-3, "end", count=5)] * 5, []),  # too few to judge by, and joined to two that are enough
+        ([log_of(1e-3, 1e-3, "end", count=5)] * 7, [6]),
+        ([starved] * 3 + [learnt] + [starved] * 3, [3]),  # once
     ):
         watch = StarvationAlarms(["a"])
         alarms = [alarm for step, log in enumerate(logs, 1) for alarm in watch.check(step, log) if alarm.kind == "end"]
@@ -99,3 +104,37 @@ def test_an_alarm_needs_low_p_and_little_pull_for_three_logs_in_a_row() -> None:
         "OBJECTIVE='floor(minimum=0.1)' or 'mix(share=0.2)' keeps a pull on every token; --source_objectives a=nll trains this "
         "source by plain SFT."
     )
+
+
+def test_sources_that_are_too_small_one_by_one_are_watched_together() -> None:
+    names = [f"s{k}" for k in range(10)]
+    diagnosed, watch = TokenDiagnostics(names), StarvationAlarms(names)
+    found = []
+    for step in (1, 2, 3):
+        p = torch.full((30,), 1e-3)
+        diagnosed.add(
+            {"log_p": p.log(), "weight": p, "entropy": p}, torch.zeros(30, dtype=torch.long), torch.arange(30) % 10
+        )
+        found += watch.check(step, diagnosed.summary()[1])
+    assert [(alarm.source, alarm.kind, alarm.tokens) for alarm in found] == [("", "all", 30)]
+    assert "response tokens have mean p 0.001" in found[0].message and "SOURCE=nll" in found[0].message
+
+
+def test_the_watch_goes_on_from_its_state() -> None:
+    starved, few = log_of(1e-3, 1e-3, "end"), log_of(1e-3, 1e-3, "digit", count=5)
+    whole, first, second = (StarvationAlarms(["a"]) for _ in range(3))
+    logs = [starved + few] * 6
+    expected = [(a.step, a.kind) for k, log in enumerate(logs) for a in whole.check(k, log)]
+    found = [(a.step, a.kind) for k, log in enumerate(logs[:3]) for a in first.check(k, log)]
+    second.restore(json.loads(json.dumps(first.state())))
+    found += [(a.step, a.kind) for k, log in enumerate(logs[3:], 3) for a in second.check(k, log)]
+    assert found == expected and len(found) == 3  # end, digit and all together
+
+
+def test_what_is_not_a_number_is_in_no_bin() -> None:
+    found = p_histogram(torch.tensor([0.5, float("nan"), 0.95]))
+    assert found["0.5-0.6"] == 0.5 and found["0.9-1"] == 0.5
+    nothing = TokenDiagnostics()
+    nan = torch.full((3,), float("nan"))
+    nothing.add({"log_p": nan, "weight": nan, "entropy": nan})
+    assert math.isnan(nothing.summary()[0]["median_p"])

@@ -262,3 +262,21 @@ def test_a_model_that_does_more_to_its_logits_is_refused_before_the_first_step(
     monkeypatch.undo()
     train_objective(config, "dft", drawn[:4], tmp_path)
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1
+
+
+def test_the_loss_is_attached_through_pefts_wrapper_too(processor: Any, drawn: list[Any]) -> None:
+    batch = ChatCollator(processor, tag_sources=["drawn"])(drawn[:4])  # its tags are not for the model
+    found = attach_loss(with_random_lora(load_model("tiny"), ["q_proj"]))(**batch, objective="dft")
+    inside = with_random_lora(load_model("tiny"), ["q_proj"])
+    attach_loss(inside.get_base_model())
+    assert torch.equal(found["log_p"], inside(**batch, objective="dft")["log_p"])
+
+
+def test_a_reference_that_is_trained_itself_is_refused(batch: dict[str, Any]) -> None:
+    """With more than adapters trained, the model with its adapters off is no longer the one that training began with."""
+    ours = with_random_lora(attach_loss(load_model("tiny")), ["q_proj"])
+    next(p for name, p in ours.named_parameters() if "merger" in name).requires_grad_(True)
+    with pytest.raises(
+        ModelError, match=r"not the one that training began with: .*merger.* and 0 more are trained too"
+    ):
+        ours(**batch, objective="dft", kl=Kl(0.1, "forward"))

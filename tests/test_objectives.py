@@ -9,7 +9,7 @@ import torch
 from reference_loss import NAMES, WEIGHTS, distance, written_out
 
 from vlm_dft import OBJECTIVES, dft_loss, fused_linear_loss
-from vlm_dft.objectives import TokenStats, find_objective, token_loss
+from vlm_dft.objectives import TokenStats, canonical, find_objective, token_loss
 
 FULL = 151_936  # Qwen2.5's vocabulary
 
@@ -490,3 +490,26 @@ def test_a_tokens_own_objective_is_held_to_the_same_and_named(wrong: Any, monkey
 def test_a_parameter_given_twice_is_refused() -> None:
     with pytest.raises(ValueError, match="Objective floor: minimum is given twice"):
         find_objective("floor(minimum=0.1, minimum=0.2)")
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda s: s.log_p.exp_(), "changes the statistics in place, expected a pure function"),
+        (lambda s: s.p - 2, "expected finite weights of 0 or more, found -"),
+        (lambda s: s.p / 0, "expected finite weights of 0 or more, found inf"),
+        (lambda s: s.p * math.nan, "expected finite weights of 0 or more, found nan"),
+    ],
+    ids=["in place", "negative", "infinite", "nan"],
+)
+def test_weights_that_are_no_weights_are_refused(function: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=f"Objective <lambda>:? {message}"):
+        fused_linear_loss(torch.randn(4, 3), torch.randn(5, 3), torch.tensor([0, 1, 2, 3]), objective=function)
+
+
+def test_an_objective_has_one_spelling() -> None:
+    for said, expected in (
+        ("floor( minimum = .20 )", "floor(minimum=0.2)"), ("floor(minimum=0.2,alpha=1)", "floor(alpha=1, minimum=0.2)"),
+        (" dft ", "dft"), ("eaft(k=5)", "eaft(k=5)"), ("mix()", "mix"),
+    ):  # fmt: skip
+        assert canonical(said) == expected

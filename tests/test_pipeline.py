@@ -140,3 +140,60 @@ def test_the_drawn_set_is_made_once() -> None:
     folder = drawn_folder()
     before = (folder / "train.jsonl").stat().st_mtime_ns
     assert drawn_folder() == folder and (folder / "train.jsonl").stat().st_mtime_ns == before
+
+
+def test_a_file_of_sources_is_trained_as_it_says_and_a_source_of_no_row_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {"source": source, "messages": [{"role": "user", "content": "Well?"}, {"role": "assistant", "content": "Yes, 3."}]}
+        for source in ("ocr", "math") for _ in range(8)
+    ]  # fmt: skip
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [
+        "--recipe",
+        str(path),
+        "--batch_size",
+        "16",
+        "--micro_batch",
+        "8",
+        "--max_steps",
+        "2",
+        "--objective",
+        "floor(minimum=0.2),nll",
+    ]
+    assert run(*words, "--output", str(tmp_path / "x"), "--source_objectives", "orc=nll") == 2
+    assert (
+        "names 'orc', but no row is of that source. Did you mean 'ocr'? Sources: ocr, math." in capsys.readouterr().err
+    )
+    output = tmp_path / "run"
+    more = ["--output", str(output), "--source_objectives", "ocr=nll", "--full_weight", "end", "--kl", "0.1"]
+    assert run(*words, *more, "--kl_direction", "forward") == 0
+    first = read_metrics(output / "floor-minimum=0.2" / "metrics.jsonl")[0]
+    assert first["source/ocr/mean_weight"] == 1 and 0 < first["source/math/mean_weight"] < 1
+    assert first["kind/end/mean_weight"] == 1
+    assert json.loads((output / "accounting.json").read_text())["sources"][0]["used_by_source"] == {"ocr": 8, "math": 8}
+    page = (output / "report.html").read_text()
+    assert all(said in page for said in ("kl 0.1", "kl_direction forward", "full_weight end", "<dd>ocr nll</dd>"))
+    config = yaml.safe_load((output / "config.yaml").read_text())
+    assert config["objective"] == ["floor(minimum=0.2)", "nll"] and config["collator"] == {
+        "source_objectives": {"ocr": "nll"}
+    }
+    path.write_text("".join(json.dumps({**row, "source": "math"}) + "\n" for row in rows))
+    assert run(*words, *more[:2], *more[4:], "--kl_direction", "forward") == 2  # other sources, other run
+    assert "holds another run" in capsys.readouterr().err
+
+
+def test_a_column_of_addresses_is_not_taken_for_sources(tmp_path: Path) -> None:
+    from vlm_dft.recipes import load_recipe, read_recipe
+
+    rows = [
+        {"source": f"address {k}", "messages": [{"role": "user", "content": "Well?"}, {"role": "assistant", "content": "Yes."}]}
+        for k in range(60)
+    ]  # fmt: skip
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    examples, account = load_recipe(read_recipe(str(path)), None)
+    assert {example.source for example in examples} == {"rows"}
+    assert account.notes == {"60 different sources are too many to tell apart (at most 50)": 60}

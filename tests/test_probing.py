@@ -157,3 +157,15 @@ def test_a_probe_that_cannot_be_made_says_why(
 ) -> None:
     assert main(["probe", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_rows_without_a_picture_are_not_said_to_look_away(processor: Any, drawn: list[Any]) -> None:
+    said = Example([{"role": "user", "content": "Well?"}, {"role": "assistant", "content": "Yes."}], source="text")
+    model, collator = attach_loss(load_model("tiny")), ChatCollator(processor, tag_sources=["drawn", "text"])
+    mixed = gauge(model, [collator([*drawn[:3], *[said] * 5])], sources=["drawn", "text"], blank=True)
+    alone = gauge(model, [collator(drawn[:3])], sources=["drawn", "text"], blank=True)
+    assert mixed["sources"]["text"]["blank"] is None
+    assert mixed["sources"]["drawn"]["blank"]["gain"] == pytest.approx(alone["blank"]["gain"], rel=1e-4)
+    assert mixed["blank"]["gain"] == pytest.approx(
+        alone["blank"]["gain"], rel=1e-4
+    )  # not thinned by rows that have none

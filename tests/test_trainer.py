@@ -191,7 +191,7 @@ def test_cadft_does_not_depend_on_how_a_step_is_split_and_resumes_bit_for_bit(dr
     folder = tmp_path / "cut"
     trained(config_of(micro_batch=8, **words), "dft", drawn, folder)
     shutil.rmtree(folder / "checkpoint-5")
-    moments = json.loads((folder / "checkpoint-4" / "sample_moments.json").read_text())
+    moments = json.loads((folder / "checkpoint-4" / "loss_state.json").read_text())["moments"]
     assert moments[0] == pytest.approx(8 * (1 + 0.95 + 0.95**2 + 0.95**3))
     resumed, _ = trained(config_of(micro_batch=8, **words), "dft", drawn, folder)
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
@@ -226,9 +226,15 @@ def test_the_heads_gradient_is_formed_in_place_on_one_process_and_changes_nothin
             model=model, args=training_arguments_of(config_of(micro_batch=2, max_steps=3), tmp_path / str(in_place), 24),
             train_dataset=drawn[:24], data_collator=ChatCollator(processor), objective="dft",
         )  # fmt: skip
-        assert model.get_output_embeddings().in_place
-        model.get_output_embeddings().in_place = in_place
+        head = model.get_output_embeddings()
+        assert trainer._head is head
+        seen: list[bool] = []
+        head.register_forward_hook(lambda module, *_, seen=seen: seen.append(module.in_place))
+        if not in_place:
+            trainer._head = None
         trainer.train()
+        assert set(seen) == {in_place}
+        assert not head.in_place and head._kept is None  # it was the Trainer's, not the model's
         ends.append(dict(model.state_dict()))
     assert apart(ends[0], ends[1]) < 1e-4
 
@@ -237,6 +243,53 @@ def test_several_objectives_with_parameters_have_folders_of_their_own(drawn: lis
     from vlm_dft.preflight import Plan
 
     config = config_of(objective="dft,floor(minimum=0.2, alpha=0.5),nll", output="runs/x")
-    assert config.objective == ["dft", "floor(minimum=0.2, alpha=0.5)", "nll"]
-    assert Plan(config, {}, None).folder(config.objective[1]) == Path("runs/x/floor-minimum=0.2-alpha=0.5")
+    assert config.objective == ["dft", "floor(alpha=0.5, minimum=0.2)", "nll"]
+    assert Plan(config, {}, None).folder(config.objective[1]) == Path("runs/x/floor-alpha=0.5-minimum=0.2")
     assert math.isclose(config_of(kl="0.03", kl_direction="forward").loss["kl"], 0.03)
+
+
+def test_an_evaluation_does_not_touch_what_cadft_knows(processor: Any, drawn: list[Any], tmp_path: Path) -> None:
+    losses = []
+    for evaluates in (False, True):
+        arguments = training_arguments_of(config_of(max_steps=3), tmp_path / str(evaluates), 24)
+        if evaluates:
+            arguments.eval_strategy, arguments.eval_steps = "steps", 1  # type: ignore[assignment]
+        trainer = DFTTrainer(
+            model=attach_loss(load_model("tiny")), args=arguments, train_dataset=drawn[:24], eval_dataset=drawn[24:32],
+            data_collator=ChatCollator(processor), objective="dft", cadft=2.0,
+        )  # fmt: skip
+        trainer.train()
+        losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
+    assert losses[0] == losses[1]
+
+
+def test_a_diverged_run_stops_and_says_so(drawn: list[Any], tmp_path: Path) -> None:
+    with pytest.raises(
+        ModelError, match=r"The loss is nan \(NLL nan\) at step \d+: the model has diverged.* Lower learning_rate"
+    ):
+        train_objective(config_of(learning_rate=1e9, max_steps=5), "nll", drawn[:16], tmp_path)
+
+
+def test_what_a_trainer_would_ignore_is_refused(processor: Any, drawn: list[Any], tmp_path: Path) -> None:
+    common: dict[str, Any] = {
+        "args": training_arguments_of(config_of(max_steps=1), tmp_path, 8), "train_dataset": drawn[:8],
+        "data_collator": ChatCollator(processor), "objective": "dft",
+    }  # fmt: skip
+    with pytest.raises(ModelError, match=r"no token loss. Attach it first: vlm_dft.attach_loss\(model\)"):
+        DFTTrainer(model=load_model("tiny"), **common)
+    with pytest.raises(ValueError, match="expected no compute_loss_func"):
+        DFTTrainer(model=attach_loss(load_model("tiny")), compute_loss_func=lambda *_: 0, **common)
+    with pytest.raises(ValueError, match="A reference was given without kl"):
+        DFTTrainer(model=attach_loss(load_model("tiny")), reference=load_model("tiny"), **common)
+
+
+def test_an_alarm_is_raised_once_also_when_the_run_is_resumed(tmp_path: Path) -> None:
+    words = {"learning_rate": 1e-4, "save_steps": 2, "save_total_limit": 9}
+    _, whole = trained(config_of(max_steps=6, **words), "dft", unheard_of(8), tmp_path / "whole")
+    folder = tmp_path / "cut"
+    trained(config_of(max_steps=6, **words), "dft", unheard_of(8), folder)
+    for step in (4, 6):
+        shutil.rmtree(folder / f"checkpoint-{step}")  # back to step 2, before the alarms of step 3
+    _, rows = trained(config_of(max_steps=6, **words), "dft", unheard_of(8), folder)
+    alarms = [[(a["step"], a["kind"]) for row in found for a in row.get("alarms", [])] for found in (whole, rows)]
+    assert alarms[0] == alarms[1] and {step for step, _ in alarms[0]} == {3}

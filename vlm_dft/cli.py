@@ -319,7 +319,7 @@ def _echo(text: Any) -> None:
         else:
             from rich.console import Console
 
-            Console().print(text)
+            Console(width=None if sys.stdout.isatty() else 160).print(text)
 
 
 def _quiet() -> None:

@@ -20,7 +20,7 @@ from vlm_dft.cards import nearest
 from vlm_dft.errors import CardError, ConfigError
 from vlm_dft.families import PARTS
 from vlm_dft.kinds import KINDS
-from vlm_dft.objectives import OBJECTIVES, find_objective
+from vlm_dft.objectives import OBJECTIVES, canonical
 
 TOO_LONG = ("raise", "drop", "shorten_answer", "downscale")
 RESIZE = ("processor", "pillow")
@@ -172,7 +172,14 @@ def resolve_config(*layers: tuple[str, Mapping[str, Any]]) -> TrainConfig:
     processes, batch = values.get("processes", 1), values.get("batch_size", TrainConfig().batch_size)
     if "micro_batch" in values and not chosen and batch % processes == 0:  # a recipe's is the largest that fits
         values["micro_batch"] = math.gcd(values["micro_batch"], batch // processes)
+    if loss.get("kl") == 0:  # switched off, whatever a card says
+        loss = {name: value for name, value in loss.items() if name not in ("kl", "kl_direction")}
     collator, loss = ({k: v for k, v in found.items() if v is not None} for found in (collator, loss))
+    if "objective" in values:
+        try:
+            values["objective"] = [canonical(name) for name in values["objective"]]
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
     config = TrainConfig(**values, loss=loss, collator=collator, trainer=trainer)
     _check(config)
     return config
@@ -200,11 +207,6 @@ def read_config_file(path: str) -> dict[str, Any]:
 def _check(config: TrainConfig) -> None:
     if not config.objective or len(set(config.objective)) != len(config.objective):
         raise ConfigError(f"objective: expected one or several different names, found {config.objective}.")
-    for name in config.objective:
-        try:
-            find_objective(name)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
     if bool(config.loss.get("kl")) != ("kl_direction" in config.loss):
         raise ConfigError(
             f"kl and kl_direction belong together, found kl = {config.loss.get('kl')} and kl_direction = "
@@ -265,8 +267,10 @@ def _positive(name: str, value: Any, where: str) -> int | None:
 
 def _source_objectives(value: Any, where: str) -> dict[str, str]:
     """{source: objective}, as a mapping or as source=objective,source=objective."""
+    if value in (None, "", "null", "none"):
+        return {}
     if isinstance(value, str):
-        pairs = [piece.rsplit("=", 1) for piece in value.split(",") if piece.strip()]
+        pairs = [piece.split("=", 1) for piece in OUTSIDE_BRACKETS.split(value) if piece.strip()]
         value = (
             {pair[0].strip(): pair[-1].strip() for pair in pairs} if all(len(pair) == 2 for pair in pairs) else value
         )
@@ -285,6 +289,7 @@ def _of_loss(name: str, value: Any, where: str) -> Any:
     if name not in LOSS:
         raise ConfigError(f"{where}: unknown setting {name!r} of loss.{nearest(name, LOSS)} Known: {', '.join(LOSS)}.")
     if name == "full_weight":
+        value = "" if value in ("none", "null") else value
         kinds = [kind.strip() for kind in (value.split(",") if isinstance(value, str) else value or ()) if kind.strip()]
         unknown = [kind for kind in kinds if kind not in KINDS]
         if unknown:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -164,7 +165,7 @@ def _numbers(row: Tensor, *, few: bool = False) -> dict[str, float]:
 
 def _histogram(counts: Tensor) -> dict[str, float]:
     """{"0.1-0.2": share of tokens} in the bins of EDGES, from counts in the bins of FINE."""
-    shares = (counts / counts.sum()).tolist()
+    shares = (counts / counts.sum().clamp(min=1)).tolist()
     bins = pairwise(EDGES)
     return {
         f"{_edge(low)}-{_edge(high)}": sum(
@@ -184,13 +185,16 @@ def p_histogram(p: Tensor) -> dict[str, float]:
 
 
 def _counts(p: Tensor) -> Tensor:
-    """Counts of probabilities [n] in the bins of FINE."""
+    """Counts of probabilities [n] in the bins of FINE; what is not a number is in none."""
+    p = p[~p.isnan()]
     inner = torch.tensor(FINE[1:-1], dtype=p.dtype, device=p.device)
     return torch.bincount(torch.bucketize(p, inner, right=True), minlength=len(FINE) - 1)
 
 
 def _median(counts: Tensor) -> float:
     """The median of p, read off counts in the bins of FINE: right to the width of a bin, 0.005 or less."""
+    if not counts.sum() > 0:
+        return math.nan
     upto = counts.cumsum(0)
     half = float(upto[-1]) / 2
     k = int(torch.searchsorted(upto, half))
@@ -233,23 +237,51 @@ class Alarm:
 
 
 class StarvationAlarms:
-    """Watches the sums of every log; raises an alarm, once for each source and kind, where tokens starve for PATIENCE logs."""
+    """Watches the sums of every log; raises an alarm, once for each source and kind, where tokens starve PATIENCE times in a row.
+
+    Logs are put together until a kind has ENOUGH tokens to judge by. Sources are watched one by one and all together.
+    """
 
     def __init__(self, sources: Sequence[str] = ()) -> None:
-        self.sources = [*sources, ""]
+        self.sources = list(sources)
+        self._waiting: dict[tuple[str, str], list[float]] = {}  # sums of too few tokens to judge by
         self._in_a_row: dict[tuple[str, str], int] = {}
+        self._raised: set[tuple[str, str]] = set()
+
+    def state(self) -> list[list[Any]]:
+        """What a checkpoint keeps: [source, kind, waiting sums, times in a row, raised]."""
+        keys = sorted({*self._waiting, *self._in_a_row, *self._raised})
+        return [[*key, self._waiting.get(key), self._in_a_row.get(key, 0), key in self._raised] for key in keys]
+
+    def restore(self, state: Sequence[Sequence[Any]]) -> None:
+        """Go on from a checkpoint's state."""
+        for source, kind, waiting, count, raised in state:
+            self._in_a_row[source, kind] = count
+            if waiting is not None:
+                self._waiting[source, kind] = waiting
+            if raised:
+                self._raised.add((source, kind))
 
     def check(self, step: int, sums: Tensor) -> list[Alarm]:
         """New alarms from the sums [sources + 1, GROUPS, COLUMNS] since the last log."""
         found = []
-        for k, source in enumerate(self.sources):
-            for group, row in zip(GROUPS, sums[k].tolist(), strict=True):
-                s = dict(zip(COLUMNS, row, strict=True))
+        watched = {source: sums[k] for k, source in enumerate(self.sources)}
+        if len(self.sources) != 1:
+            watched[""] = sums.sum(0)
+        for source, rows in watched.items():
+            for group, row in zip(GROUPS, rows.tolist(), strict=True):
+                key = source, group
+                before = self._waiting.pop(key, None)
+                joined = row if before is None else [a + b for a, b in zip(before, row, strict=True)]
+                s = dict(zip(COLUMNS, joined, strict=True))
                 if s["tokens"] < ENOUGH:
+                    if s["tokens"]:
+                        self._waiting[key] = joined
                     continue
                 low, pull = s["below_0.1"] / s["tokens"], s["pull"] / s["error"] if s["error"] else 1.0
                 starved = low >= STARVED_SHARE and pull < STARVED_PULL
-                count = self._in_a_row[source, group] = self._in_a_row.get((source, group), 0) + 1 if starved else 0
-                if count == PATIENCE:
+                count = self._in_a_row[key] = self._in_a_row.get(key, 0) + 1 if starved else 0
+                if count >= PATIENCE and key not in self._raised:
+                    self._raised.add(key)
                     found.append(Alarm(step, source, group, int(s["tokens"]), s["p"] / s["tokens"], low, pull))
         return found

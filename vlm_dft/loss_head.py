@@ -21,6 +21,8 @@ from vlm_dft.linear_loss import fused_linear_loss
 from vlm_dft.objectives import IGNORE, Objective
 from vlm_dft.packing import PACKED_KEYS
 
+TAGS = ("token_kinds", "source_ids")  # of ChatCollator's tag_sources: for diagnostics, not for the model
+
 
 @dataclass(frozen=True, slots=True)
 class Kl:
@@ -173,6 +175,9 @@ def attach_loss(model: Any) -> Any:
     inputs; adds "kl": [n]) and `compatibility`. Works before and after peft has wrapped the model or its head.
     Raises ModelError for a head that is neither a plain Linear nor one with plain LoRA.
     """
+    if hasattr(model, "get_base_model"):  # peft's wrapper passes everything on to the model in it
+        attach_loss(model.get_base_model())
+        return model
     text = model.config.get_text_config()
     for name in ("logit_scale", "logits_scaling", "lm_head_multiplier"):
         if getattr(text, name, None) not in (None, 1, 1.0):
@@ -201,6 +206,7 @@ def attach_loss(model: Any) -> Any:
             return original(*args, labels=labels, **inputs)
         if args or labels is None:
             raise TypeError("A forward with objective= takes keyword inputs and labels.")
+        inputs = {key: value for key, value in inputs.items() if key not in TAGS}
         unknown = set(inputs) - keys - set(PACKED_KEYS)
         if unknown:
             raise TypeError(
@@ -227,6 +233,7 @@ def attach_loss(model: Any) -> Any:
         return head(response_hidden(self, labels, inputs), targets=labels[:, 1:][rows], **settings)
 
     model.forward = types.MethodType(forward, model)
+    model.gives_token_loss = True
     return model
 
 
@@ -287,6 +294,12 @@ def adapters_off(model: Any) -> Iterator[None]:
         raise ModelError(
             "A KL term needs a reference: the model has no adapters to switch off. Train with LoRA, or give the starting "
             "model's own hidden states."
+        )
+    others = [name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name]
+    if others:
+        raise ModelError(
+            f"With its adapters off the model is not the one that training began with: {others[0]} and {len(others) - 1} more are "
+            "trained too. Train LoRA alone, or give the reference as a frozen copy."
         )
     before = [layer._disable_adapters for layer in layers]
     try:

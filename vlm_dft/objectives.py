@@ -160,6 +160,14 @@ def find_objective(objective: str | Objective) -> Objective:
     return partial(OBJECTIVES[name], **parameters) if parameters else OBJECTIVES[name]
 
 
+def canonical(objective: str) -> str:
+    """An objective's name with its parameters in one spelling: "floor( minimum=.20 )" is "floor(minimum=0.2)"."""
+    found = find_objective(objective)
+    name = objective.split("(", 1)[0].strip()
+    given = found.keywords if isinstance(found, partial) and found is not OBJECTIVES[name] else {}
+    return f"{name}({', '.join(f'{key}={value:g}' for key, value in sorted(given.items()))})" if given else name
+
+
 def _parameters(text: str, name: str) -> dict[str, float]:
     """The keyword arguments in the brackets of an objective, checked against the function's own."""
     known = {
@@ -203,18 +211,24 @@ def weights_of(
     objective_ids [n]: index into sorted OBJECTIVES, -1 for `objective`; full_weight [n] bool: w = 1 whatever the objective.
     Raises ValueError where an objective does not return one weight a token, or lets a gradient through.
     """
-    weight = _checked(objective(stats), objective, stats.log_p)
+    weight = _checked(objective, stats)
     if objective_ids is not None:
         for index in objective_ids.unique().tolist():
             if index >= 0:
                 named = OBJECTIVES[sorted(OBJECTIVES)[index]]
-                weight = _checked(named(stats), named, stats.log_p).where(objective_ids == index, weight)
+                weight = _checked(named, stats).where(objective_ids == index, weight)
     return weight if full_weight is None else weight.masked_fill(full_weight, 1.0)
 
 
-def _checked(weight: Any, objective: Objective, log_p: Tensor) -> Tensor:
-    """An objective's weights in the dtype of log p. Raises ValueError where they are not one detached weight a token."""
-    name = getattr(objective, "__name__", repr(objective))
+def _checked(objective: Objective, stats: TokenStats) -> Tensor:
+    """An objective's weights in the dtype of log p. Raises ValueError where they are not one detached weight >= 0 a token."""
+    log_p, name = stats.log_p, getattr(objective, "__name__", repr(objective))
+    before = None if log_p.is_inference() else log_p._version
+    weight: Any = objective(stats)
+    if before is not None and log_p._version != before:
+        raise ValueError(
+            f"Objective {name} changes the statistics in place, expected a pure function. Write exp(), not exp_()."
+        )
     if getattr(weight, "shape", None) != log_p.shape:
         found = [*weight.shape] if hasattr(weight, "shape") else repr(weight)
         raise ValueError(f"Objective {name}: expected weights {[*log_p.shape]}, one a token, found {found}.")
@@ -222,6 +236,10 @@ def _checked(weight: Any, objective: Objective, log_p: Tensor) -> Tensor:
         raise ValueError(
             f"Objective {name}: its weights require a gradient, expected a pure function of TokenStats, which are detached. "
             "Does it compute with a parameter? Detach that."
+        )
+    if not bool(((weight >= 0) & (weight < math.inf) | log_p.isnan()).all()):
+        raise ValueError(
+            f"Objective {name}: expected finite weights of 0 or more, found {weight.min().item():g} to {weight.max().item():g}."
         )
     return weight.to(log_p.dtype)  # type: ignore[no-any-return]
 

@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from vlm_dft.benchmarks import load_benchmark, score_predictions
+from vlm_dft.cards import nearest
 from vlm_dft.chat import Example, Sample
 from vlm_dft.collators import ChatCollator
 from vlm_dft.config import TrainConfig
@@ -70,6 +71,7 @@ def _run(plan: Plan, echo: Echo) -> dict[str, Any]:
     examples, account = load_recipe(plan.recipe, config.data, limit=config.limit)
     examples = keep_fitting(examples, account, make_collator(processor, config))
     echo(f"      {_account_line(account)}")
+    check_sources(config, examples)
     prior: dict[str, Any] = {}
     account.fingerprint = fingerprint(examples)
     account.repeated = repeated_rows(config, len(examples))
@@ -102,11 +104,22 @@ def _run(plan: Plan, echo: Echo) -> dict[str, Any]:
     return report
 
 
+def check_sources(config: TrainConfig, examples: Sequence[Example]) -> None:
+    """Refuse an objective for a source that no row is of: it would be trained otherwise in silence. Raises ConfigError."""
+    known = dict.fromkeys(example.source for example in examples)
+    for source in config.collator.get("source_objectives", {}):
+        if source not in known:
+            raise ConfigError(
+                f"source_objectives names {source!r}, but no row is of that source.{nearest(source, known)} Sources: "
+                f"{', '.join(known)}."
+            )
+
+
 def fingerprint(examples: Sequence[Example]) -> str:
     """A hash of what is trained on, in order: messages, tools, and media (files by their size in bytes)."""
     digest = hashlib.sha256()
     for example in examples:
-        digest.update(json.dumps([example.id, example.messages, example.tools], default=str).encode())
+        digest.update(json.dumps([example.id, example.source, example.messages, example.tools], default=str).encode())
         for source in (*example.images, *example.videos):
             digest.update(_identity(source))
     return digest.hexdigest()
@@ -151,6 +164,7 @@ def keep_fitting(examples: Sequence[Example], account: Accounting, collator: Cha
         cut = max(0, measured.tokens - limit) if limit else 0
         unlearnt = max(0, measured.ends - limit) if limit else 0
         account.used += 1
+        account.sources[example.source] += 1
         account.notes.update(measured.notes)
         account.tokens.update(all=measured.tokens - cut, media=measured.media, response=measured.targets - unlearnt)
         kept.append(fitted)

@@ -74,7 +74,12 @@ def gauge(
         if kinds is not None and owners is not None:
             found |= {"kinds": kinds[:, 1:][targets], "owner": owners[:, 1:][targets]}
         pieces = {key: value.cpu().split(lengths) for key, value in found.items()}
-        rows += [{key: value[k] for key, value in pieces.items()} for k, length in enumerate(lengths) if length]
+        types = inputs.get("mm_token_type_ids")
+        pictured = [True] * len(lengths) if types is None else (types > 0).any(1).tolist()  # one row may have none
+        rows += [
+            {key: value[k] for key, value in pieces.items() if key != "blank" or pictured[k]}
+            for k, length in enumerate(lengths) if length
+        ]  # fmt: skip
     apart = {
         source: _summary([row for row in rows if "owner" in row and int(row["owner"][0]) == k])
         for k, source in enumerate(sources)

@@ -23,6 +23,7 @@ OPTIONAL = (
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "bot": "assistant", "assistant": "assistant",
          "system": "system", "tool": "tool", "observation": "tool"}  # fmt: skip
 MESSAGE_COLUMNS = ("messages", "conversations", "conversation")
+MAX_SOURCES = 50  # that are logged, gauged and watched one by one
 IMAGE_COLUMNS, VIDEO_COLUMNS = ("images", "image"), ("videos", "video")
 
 
@@ -37,6 +38,7 @@ class Accounting:
     changed: dict[str, list[str]] = field(default_factory=dict)  # what was done to rows that are used -> ids
     notes: Counter[str] = field(default_factory=Counter)  # what is to be said of the rows used -> rows
     tokens: Counter[str] = field(default_factory=Counter)  # all, media, response: of the rows used
+    sources: Counter[str] = field(default_factory=Counter)  # rows used, by what they say they are of
     repeated: int = 0  # rows trained twice an epoch, to fill the last batch of several processes
     fingerprint: str = ""  # of the rows used, in order
 
@@ -58,6 +60,7 @@ class Accounting:
             "changed": changed,
             "notes": dict(self.notes),
             "tokens": dict(self.tokens),
+            "used_by_source": dict(self.sources),
             "repeated": self.repeated,
             "fingerprint": self.fingerprint,
         }
@@ -118,6 +121,12 @@ def load_recipe(
         examples += made
     if not examples:
         raise RowError(f"Recipe {card['name']!r} has no rows.")
+    sources = {example.source for example in examples}
+    if len(sources) > MAX_SOURCES:  # a column of that name that holds something else, an address say
+        examples = [replace(example, source=str(card["name"])) for example in examples]
+        account.notes[f"{len(sources):,} different sources are too many to tell apart (at most {MAX_SOURCES})"] = len(
+            examples
+        )
     return examples, account
 
 

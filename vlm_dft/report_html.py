@@ -61,6 +61,8 @@ def _header(report: Mapping[str, Any]) -> str:
     facts = [
         ("Model", config.get("model")),
         ("Objective", ", ".join(report["training"]) or None),
+        ("With", ", ".join(f"{k} {_said(v)}" for k, v in (config.get("loss") or {}).items() if v)),
+        ("By source", _said((config.get("collator") or {}).get("source_objectives"))),
         ("Recipe", _recipe_name(report)),
         ("Benchmark", config.get("benchmark")),
         ("Steps", " / ".join(str(row.get("steps")) for row in report["training"].values()) or None),
@@ -75,6 +77,13 @@ def _header(report: Mapping[str, Any]) -> str:
     about = escape(str(recipe.get("description") or "").strip())
     heading = f"{escape(_recipe_name(report))} <span>{escape(' and '.join(report['training']))}</span>"
     return f"<header><h1>{heading}</h1><p>{about}</p><dl class=facts>{items}</dl></header>"
+
+
+def _said(value: Any) -> str:
+    """A setting as words."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {item}" for key, item in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else "" if value is None else str(value)
 
 
 def _gauge(report: Mapping[str, Any]) -> str:

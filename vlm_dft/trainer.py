@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -24,7 +25,7 @@ from vlm_dft.objectives import IGNORE, Objective, find_objective
 from vlm_dft.runs import write_json
 
 STAGING = ".incomplete"  # a checkpoint is written here and renamed into place when it is whole
-MOMENTS = "sample_moments.json"  # in a checkpoint: what CADFT knows of the samples before
+STATE = "loss_state.json"  # in a checkpoint: what CADFT knows of the samples before, and what starves
 KEPT = 0.95  # of those moments, from one optimiser step to the next
 LOGGER = logging.getLogger("vlm_dft")
 
@@ -64,6 +65,12 @@ class DFTTrainer(Trainer):
                 "an objective weighs. Leave it out; objective='mix' softens DFT."
             )
         find_objective(objective)  # raises for an unknown one
+        if not getattr(self.model, "gives_token_loss", False):
+            raise ModelError("The model has no token loss. Attach it first: vlm_dft.attach_loss(model).")
+        if self.compute_loss_func is not None:
+            raise ValueError("DFTTrainer computes its own loss, expected no compute_loss_func. Give it the objective.")
+        if reference is not None and kl is None:
+            raise ValueError("A reference was given without kl. Say how strongly it holds: kl=Kl(strength, direction).")
         if reference is not None and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             raise ModelError(
                 "reference = a frozen copy is not sharded by DeepSpeed or FSDP. Train with LoRA, and leave it out: the reference is "
@@ -78,14 +85,23 @@ class DFTTrainer(Trainer):
         self._starvation, self._on_alarm = StarvationAlarms(sources), on_alarm
         self._staging = False
         self._norms: list[Any] = []  # gradient norms since the last log
-        self._media: int | Tensor = 0  # supervised media tokens since the last log
+        self._media: Tensor | None = None  # supervised media tokens since the last log; None: not counted
         self._samples: list[Tensor] = []  # mean NLLs of this step's samples
         self._moments, self._moments_step = [0.0, 0.0, 0.0], -1  # count, sum, sum of squares, before which step
         trained: Any = self.model
         head = trained.get_output_embeddings()
-        if isinstance(head, LossMixin) and self.args.world_size == 1:
-            engine = self.is_deepspeed_enabled or self.is_fsdp_enabled or self.accelerator.scaler is not None
-            head.in_place = not engine  # nobody reduces or scales the gradient: it is formed where it belongs
+        alone = self.args.world_size == 1 and not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
+        self._head = head if isinstance(head, LossMixin) and alone and self.accelerator.scaler is None else None
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; on one process the head's gradient is formed in place, since nobody reduces or scales it."""
+        if self._head is not None:
+            self._head.in_place = True
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self._head is not None:
+                self._head.in_place, self._head._kept = False, None
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -111,8 +127,10 @@ class DFTTrainer(Trainer):
             own = (None if tags is None else tags[:, 1:][rows] for tags in (kinds, sources))
             self.diagnostics.add(outputs, *own)
             types = inputs.get("mm_token_type_ids")
-            self._media = self._media + (0 if types is None else ((types > 0) & (labels != IGNORE)).sum())
-        if self.cadft:
+            if types is not None:
+                count = ((types > 0) & (labels != IGNORE)).sum()
+                self._media = count if self._media is None else self._media + count
+        if self.cadft and model.training:
             means = sample_means(-outputs["log_p"], sample_indices(labels, inputs)[:, 1:][rows])
             self._samples.append(means[torch.bincount(sample_indices(labels, inputs)[:, 1:][rows]) > 0])
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
@@ -155,13 +173,20 @@ class DFTTrainer(Trainer):
                 limit = self.args.max_grad_norm
                 clipped = [float(norm) > limit for norm in self._norms] if limit else []
                 found |= {"clip_rate": sum(clipped) / len(clipped)} if clipped else {}
-                logs = {**logs, **found, "supervised_media_tokens": int(self._media)}
+                if self._media is not None:
+                    found["supervised_media_tokens"] = int(self.accelerator.reduce(self._media, "sum"))
+                logs = {**logs, **found}
                 for alarm in self._starvation.check(self.state.global_step, sums):
                     self.alarms.append(alarm)
                     if self.accelerator.is_main_process:
                         self._on_alarm(alarm)
             self._norms.clear()
-            self._media = 0
+            self._media = None
+            if not math.isfinite(logs["loss"]) or math.isnan(logs.get("nll", 0.0)):
+                raise ModelError(
+                    f"The loss is {logs['loss']} (NLL {logs.get('nll', math.nan)}) at step {self.state.global_step}: the model has "
+                    "diverged, or a picture or weight is not a number. Lower learning_rate, and start again from the last checkpoint."
+                )
         super().log(logs, start_time)
 
     def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
@@ -188,8 +213,8 @@ class DFTTrainer(Trainer):
             self._update_moments()
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            if self.cadft:
-                write_json(folder / STAGING / name / MOMENTS, self._moments)
+            state = {"moments": self._moments, "starvation": self._starvation.state()}
+            write_json(folder / STAGING / name / STATE, state)
             _sync(folder / STAGING / name)
             shutil.rmtree(folder / name, ignore_errors=True)
             os.rename(folder / STAGING / name, folder / name)
@@ -200,9 +225,11 @@ class DFTTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Load weights by the model's own from_pretrained: on disk Qwen2.5-VL has other key names than in memory."""
         model = model or self.model
-        moments = Path(resume_from_checkpoint) / MOMENTS
-        if self.cadft and moments.is_file():
-            self._moments = json.loads(moments.read_text(encoding="utf-8"))
+        kept = Path(resume_from_checkpoint) / STATE
+        if kept.is_file():
+            state = json.loads(kept.read_text(encoding="utf-8"))
+            self._moments = state["moments"]
+            self._starvation.restore(state["starvation"])
         if self.is_fsdp_enabled or hasattr(model, "peft_config"):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return

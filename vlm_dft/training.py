@@ -174,6 +174,7 @@ def training_arguments_of(config: TrainConfig, folder: Path, n_examples: int) ->
         "report_to": ["tensorboard"],
         "logging_steps": max(1, steps // 100),
         "logging_first_step": True,
+        "logging_nan_inf_filter": False,  # a diverged run must not look like a finished one
         "save_steps": max(1, -(-steps // 5)),
         "save_total_limit": 2,
         "seed": config.seed,
