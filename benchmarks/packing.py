@@ -43,7 +43,7 @@ from test_packing import (  # noqa: E402
 
 from vlm_dft.chat import Example  # noqa: E402
 from vlm_dft.collators import ChatCollator  # noqa: E402
-from vlm_dft.loss_head import attach_loss
+from vlm_dft.loss_head import attach_loss  # noqa: E402
 from vlm_dft.models import load_model, load_processor  # noqa: E402
 from vlm_dft.objectives import IGNORE  # noqa: E402
 from vlm_dft.packing import packing_report, plan_packs  # noqa: E402
