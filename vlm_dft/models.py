@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,28 @@ from vlm_dft.families import PARTS, find_family, part_of
 from vlm_dft.locate import base_model, resolve_model
 
 
+@contextmanager
+def _found(name: str) -> Iterator[None]:
+    """Turn what from_pretrained says of a model that it cannot find or fetch into a ModelError."""
+    try:
+        yield
+    except OSError as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"Cannot load {name!r}: {first} Is the name right, the hub reachable (HF_HUB_OFFLINE is off, HF_TOKEN for gated models), "
+            "or the folder whole?"
+        ) from error
+
+
 def load_processor(name: str, *, min_pixels: int | None = None, max_pixels: int | None = None) -> Any:
     """The processor of a model, its image sizes limited to [min_pixels, max_pixels] (areas) where given."""
     from transformers import AutoProcessor
 
     folder = resolve_model(name)
     own = any((Path(folder) / file).is_file() for file in ("processor_config.json", "preprocessor_config.json"))
-    processor = AutoProcessor.from_pretrained(folder if own else base_model(folder))  # a LoRA checkpoint keeps its own
+    source = folder if own else base_model(folder)  # a LoRA checkpoint keeps its own
+    with _found(name):
+        processor = AutoProcessor.from_pretrained(source)
     image_processor = getattr(processor, "image_processor", None)
     if image_processor is not None and (min_pixels or max_pixels):
         size = dict(image_processor.size)
@@ -43,7 +60,8 @@ def load_model(name: str, *, dtype: torch.dtype = torch.float32, attention: str 
 
     folder = resolve_model(name)
     base = base_model(folder)
-    model = AutoModelForImageTextToText.from_pretrained(base, dtype=dtype, attn_implementation=attention)
+    with _found(name):
+        model = AutoModelForImageTextToText.from_pretrained(base, dtype=dtype, attn_implementation=attention)
     if base != folder:
         from peft import PeftModel
 
