@@ -31,7 +31,7 @@ def test_scoring_does_not_import_torch() -> None:
 
 def test_help_and_the_checks_before_a_run_do_not_import_torch() -> None:
     code = "from vlm_dft.cli import _parser; _parser(); import vlm_dft.preflight"
-    assert not {"torch", "transformers", "datasets"} & loaded_after(code)
+    assert not {"torch", "transformers", "datasets", "numpy"} & loaded_after(code)
 
 
 def test_every_public_name_is_found_and_others_are_not() -> None:

@@ -29,8 +29,8 @@ GROUPS = ("all", *KINDS)
 Seen = tuple[dict[str, Tensor], Tensor | None, Tensor | None]  # statistics, token_kinds, source_ids of a micro-batch
 FOLD = 1 << 18  # tokens kept until they are summed up: 7 MB
 
-PATIENCE = 3  # logs in a row until what starves is called starved
-ENOUGH = 8  # tokens of a kind between two logs, to judge by
+PATIENCE = 3  # times in a row until what starves is called starved
+ENOUGH = 8  # tokens of a kind to judge by; logs with fewer are put together
 STARVED_SHARE, STARVED_PULL = 0.5, 0.1  # most of a kind's tokens below p = 0.1, with a tenth of SFT's pull or less
 CONSEQUENCES = {
     "all": "the model hardly learns this source", "first": "the model does not learn to begin its answers this way",
@@ -209,7 +209,7 @@ class Alarm:
     step: int
     source: str  # "" for all sources together
     kind: str  # one of GROUPS
-    tokens: int  # since the last log
+    tokens: int  # that were judged by
     mean_p: float
     share_p_below_0_1: float
     pull: float  # of what SFT would give them

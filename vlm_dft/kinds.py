@@ -6,8 +6,6 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from vlm_dft.explain import token_texts
 
 if TYPE_CHECKING:
@@ -57,6 +55,8 @@ class TokenKinds:
 
     def __call__(self, ids: Ints) -> Ints:
         """Bits of KINDS [n] for the target tokens of one turn, in order."""
+        import numpy as np  # not above: the checks before a run know the kinds by name, and need to be quick
+
         kinds = np.zeros(len(ids), np.int64)
         if not len(ids):
             return kinds
@@ -96,9 +96,9 @@ def _mark(kinds: Ints, ends: Ints, span: tuple[int, int], bit: int) -> None:
     Of a character of several tokens the first one holds it, and those after it nothing: they go with it.
     """
     if span[1] > span[0]:
-        last = np.searchsorted(ends, span[1], "left")  # the token that holds the last character, or is the first of it
-        stop = np.searchsorted(ends, ends[last], "right")
-        kinds[np.searchsorted(ends, span[0], "right") : stop] |= bit
+        last = ends.searchsorted(span[1], "left")  # the token that holds the last character, or is the first of it
+        stop = ends.searchsorted(ends[last], "right")
+        kinds[ends.searchsorted(span[0], "right") : stop] |= bit
 
 
 def kind_bits(names: Sequence[str]) -> int:

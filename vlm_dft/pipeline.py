@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -199,7 +200,9 @@ def _look_before(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Spell out the first masks, and gauge the model's prior on the responses before it is trained on them."""
     masks = mask_report([make_collator(processor, config, packing=False).explain(e) for e in examples[:SHOWN_MASKS]])
-    echo(f"[2/4] prior of {config.model} on {min(GAUGE_EXAMPLES, len(examples))} of the responses, before training")
+    sources = Counter(example.source for example in examples)
+    count = sum(min(GAUGE_EXAMPLES, rows) for rows in sources.values())
+    echo(f"[2/4] prior of {config.model} on {count} of the responses, before training")
     found = gauge_examples(config, processor, examples)
     echo(f"      mean p of {found['tokens']:,} response tokens {found['mean_p']:.3f} ± {found['stderr_p']:.3f}; "
          f"below 0.1: {found['share_p_below_0.1']:.0%}\n      {found['prediction']}")  # fmt: skip

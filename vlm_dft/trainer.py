@@ -131,8 +131,8 @@ class DFTTrainer(Trainer):
                 count = ((types > 0) & (labels != IGNORE)).sum()
                 self._media = count if self._media is None else self._media + count
         if self.cadft and model.training:
-            means = sample_means(-outputs["log_p"], sample_indices(labels, inputs)[:, 1:][rows])
-            self._samples.append(means[torch.bincount(sample_indices(labels, inputs)[:, 1:][rows]) > 0])
+            samples = sample_indices(labels, inputs)[:, 1:][rows]
+            self._samples.append(sample_means(-outputs["log_p"], samples)[torch.bincount(samples) > 0])
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
     def _with_reference(self, labels: Tensor, inputs: dict[str, Any]) -> Kl | None:
