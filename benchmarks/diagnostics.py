@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from vlm_dft.arguments import training_arguments_of
 from vlm_dft.collators import ChatCollator
 from vlm_dft.config import resolve_config
 from vlm_dft.diagnostics import StarvationAlarms, TokenDiagnostics
@@ -31,7 +32,6 @@ from vlm_dft.loss_head import attach_loss
 from vlm_dft.models import load_model, load_processor
 from vlm_dft.recipes import load_recipe, read_recipe
 from vlm_dft.trainer import DFTTrainer
-from vlm_dft.training import training_arguments_of
 
 SPENT: Counter[str] = Counter()
 

@@ -3,14 +3,14 @@
 #
 #   bash scripts/train_qwenvl.sh                      a tiny model on a drawn set: any machine, 2 cores, under 8 minutes
 #   OBJECTIVE=dft,nll bash scripts/train_qwenvl.sh    DFT and plain SFT from the same start, compared
-#   MODEL=Qwen/Qwen2.5-VL-3B-Instruct RECIPE=wethink DEEPSPEED=zero2 NPROC=8 bash scripts/train_qwenvl.sh
+#   MODEL=Qwen/Qwen2.5-VL-3B-Instruct RECIPE=wethink ENGINE=zero2 NPROC=8 bash scripts/train_qwenvl.sh
 #                                                     the paper's setting: 8 GPUs of 80 GB, 1 epoch, lr 5e-5
 #
 # Variables, all optional (unset ones are decided by the recipe and by vlm_dft/config.py):
 #   MODEL      tiny, a hub id or a folder (tiny)          OUTPUT     the run folder (runs/...)
 #   RECIPE     what to train on (drawn)                   LORA       rank of a low-rank adapter (train all weights)
 #   DATA       where the recipe's files lie               NPROC      processes, one a GPU (1)
-#   OBJECTIVE  dft, nll, floor ..., or several (dft)      DEEPSPEED  zero2, zero3 or your own .json (none)
+#   OBJECTIVE  dft, nll, floor ..., or several (dft)      ENGINE     zero2, zero3 or your own .json (none)
 #   BENCHMARK  what to evaluate on (the recipe's own)     EXTRA      more words for `vlm-dft train`
 # Words after the script's name go to `vlm-dft train` too: --dry-run prints the resolved run and stops.
 #
@@ -20,7 +20,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 train=(train "$@")
-for name in MODEL RECIPE DATA OBJECTIVE BENCHMARK OUTPUT LORA DEEPSPEED; do
+for name in MODEL RECIPE DATA OBJECTIVE BENCHMARK OUTPUT LORA ENGINE; do
   [[ -z ${!name:-} ]] || train+=("--$(tr '[:upper:]' '[:lower:]' <<<"$name")" "${!name}")
 done
 [[ -z ${NPROC:-} ]] || train+=(--processes "$NPROC") # torchrun would take --nproc for its own
@@ -30,8 +30,8 @@ train+=(${extra[@]+"${extra[@]}"})
 launch=(vlm-dft)
 needs=()
 if [[ " ${train[*]} " != *" --dry-run "* ]]; then
-  [[ -z ${DEEPSPEED:-} ]] || needs=(deepspeed)
-  if [[ ${NPROC:-1} != 1 || -n ${DEEPSPEED:-} ]]; then # DeepSpeed wants its launcher for one process too
+  [[ -z ${ENGINE:-} ]] || needs=(deepspeed)
+  if [[ ${NPROC:-1} != 1 || -n ${ENGINE:-} ]]; then # DeepSpeed wants its launcher for one process too
     launch=(torchrun --standalone --nproc_per_node "${NPROC:-1}" -m vlm_dft.cli)
   fi
 fi

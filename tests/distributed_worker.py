@@ -19,7 +19,7 @@ from vlm_dft.recipes import load_recipe, read_recipe
 torch.set_num_threads(1)
 folder, runs = Path(sys.argv[1]), json.loads(sys.argv[2])
 configs = {name: resolve_config(("worker", settings)) for name, settings in runs.items()}
-if any(config.deepspeed for config in configs.values()):
+if any(config.engine for config in configs.values()):
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it is compiled, for minutes, and not used

@@ -21,7 +21,7 @@ PAPER = [
     "Qwen/Qwen2.5-VL-3B-Instruct",
     "--recipe",
     "wethink",
-    "--deepspeed",
+    "--engine",
     "zero2",
     "--nproc",
     "8",
@@ -39,7 +39,7 @@ def test_the_dry_run_prints_the_papers_setting_and_writes_nothing(
         "recipe: wethink",
         "epochs: 1.0",
         "learning_rate: 5.0e-05",
-        "deepspeed: zero2",
+        "engine: zero2",
     ):
         assert line in out
     assert "8 processes x 1 examples x 16 accumulated = 128" in out
@@ -60,7 +60,7 @@ def test_the_dry_run_imports_neither_torch_nor_transformers() -> None:
         (["--recipe", "drawn_niosy"], "Unknown recipe 'drawn_niosy'. Did you mean 'drawn_noisy'?"),
         (["--benchmark", "tabmpw"], "Unknown benchmark 'tabmpw'. Did you mean 'tabmwp'?"),
         (["--learning_rte", "1"], "unknown setting 'learning_rte'. Did you mean 'learning_rate'?"),
-        (["--deepspeed", "zero9"], "No DeepSpeed configuration 'zero9'"),
+        (["--engine", "zero9"], "No DeepSpeed configuration 'zero9'"),
         (["--recipe", "tabmwp"], "Say where they are: --data DIR"),
         (["--recipe", "tabmwp", "--data", "nowhere"], "no data folder at 'nowhere'"),
         (["--model", "nowhere"], "No model at 'nowhere'"),

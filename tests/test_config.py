@@ -55,11 +55,11 @@ def test_a_recipes_micro_batch_shrinks_to_fit_the_processes_and_ones_own_does_no
         resolve_config(recipe, ("command line", {"processes": 8, "micro_batch": 16}))
 
 
-def test_lora_trains_the_language_model_whatever_the_recipe_trains_and_refuses_a_second_answer() -> None:
+def test_lora_does_not_train_the_parts_of_a_recipe_but_those_that_are_asked_for() -> None:
     recipe = ("recipe 'drawn'", {"train_parts": ["vision", "language"]})
-    assert resolve_config(recipe, ("command line", {"lora": 8})).train_parts == ["language"]
-    with pytest.raises(ConfigError, match="either lora or train_parts"):
-        resolve_config(recipe, ("command line", {"lora": 8, "train_parts": "vision"}))
+    assert resolve_config(recipe, ("command line", {"lora": 8})).train_parts == []
+    assert resolve_config(recipe, ("command line", {"lora": 8, "train_parts": "merger"})).train_parts == ["merger"]
+    assert resolve_config(recipe, ("file", {"lora": 8, "parts": {"train_parts": ["merger"]}})).train_parts == ["merger"]
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_lora_trains_the_language_model_whatever_the_recipe_trains_and_refuses_a
         ({"kl_direction": "forward"}, "kl and kl_direction belong together"),
         ({"kl": 0.1, "kl_direction": "up"}, "kl_direction must be one of forward = KL.* found 'up'"),
         ({"kl": -1, "kl_direction": "forward"}, "kl must be a number, 0 or more, found -1"),
-        ({"kl": 0.1, "kl_direction": "forward", "deepspeed": "zero3"}, "kl without LoRA keeps a whole copy"),
+        ({"kl": 0.1, "kl_direction": "forward", "engine": "zero3"}, "kl without LoRA keeps a whole copy"),
         ({"full_weight": "end,stop"}, "full_weight takes kinds of tokens, found 'stop'"),
         ({"source_objectives": "ocr=nlll"}, "gives 'ocr' the unknown objective 'nlll'. Did you mean 'nll'"),
         ({"source_objectives": "ocr"}, "source_objectives must be source=objective"),
@@ -111,8 +111,8 @@ def test_a_wrong_setting_says_what_was_expected(settings: dict[str, object], mes
 
 
 def test_the_policies_of_the_configuration_are_those_of_the_collator() -> None:
-    from vlm_dft.config import TOO_LONG
     from vlm_dft.fitting import POLICIES
+    from vlm_dft.settings import TOO_LONG
 
     assert tuple(POLICIES) == TOO_LONG
 

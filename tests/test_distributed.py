@@ -320,6 +320,6 @@ def test_deepspeed_gathers_the_head_and_ends_in_the_weights_of_one_process(
     auto = dict.fromkeys(sizes, "auto")  # without the last, accelerate clips at 1.0 whatever max_grad_norm says
     zero = {"stage": stage, "stage3_param_persistence_threshold": 0, "stage3_gather_16bit_weights_on_model_save": True}
     engine_file.write_text(json.dumps({"zero_optimization": zero, "zero_allow_untested_optimizer": True, **auto}))
-    torchrun(tmp_path, two={"deepspeed": str(engine_file)})
+    torchrun(tmp_path, two={"engine": str(engine_file)})
     assert engine_of(tmp_path / "two") == [2, "DeepSpeedEngine"]
     assert apart(trained(tmp_path / "two"), one) < 1e-3

@@ -8,7 +8,8 @@ import torch
 
 from vlm_dft import OBJECTIVES, Anchor, fused_linear_loss
 from vlm_dft.config import resolve_config
-from vlm_dft.training import read_metrics, train_objective
+from vlm_dft.progress import read_metrics
+from vlm_dft.training import train_objective
 
 pytestmark = pytest.mark.gpu
 

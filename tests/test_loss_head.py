@@ -242,7 +242,8 @@ def test_a_model_that_does_more_to_its_logits_is_refused_before_the_first_step(
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     from vlm_dft.config import resolve_config
-    from vlm_dft.training import read_metrics, train_objective
+    from vlm_dft.progress import read_metrics
+    from vlm_dft.training import train_objective
 
     config = resolve_config(("test", {"recipe": "drawn", "batch_size": 4, "micro_batch": 4, "max_steps": 1}))
     forward = Qwen2_5_VLForConditionalGeneration.forward

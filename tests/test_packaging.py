@@ -63,7 +63,7 @@ def test_wheel_holds_the_package_its_cards_and_nothing_else(wheel: Path) -> None
     assert not [name for name in cards if name.endswith(".py")]
     assert {f"vlm_dft/_cards/data_recipes/{name}.yaml" for name in CARDS["recipe"]} <= cards
     assert {f"vlm_dft/_cards/eval/{name}.yaml" for name in CARDS["benchmark"]} <= cards
-    assert "vlm_dft/_cards/deepspeed/zero2.json" in names
+    assert "vlm_dft/_cards/engines/zero2.json" in names
     assert not [name for name in names if "__pycache__" in name or name.endswith(".pyc")]
 
 

@@ -10,7 +10,7 @@ import yaml
 
 from vlm_dft.cli import main
 from vlm_dft.embedded.drawn import drawn_folder
-from vlm_dft.training import read_metrics
+from vlm_dft.progress import read_metrics
 
 torch.set_num_threads(1)
 SMALL = ["--batch_size", "8", "--micro_batch", "8", "--limit", "16", "--epochs", "1", "--eval_limit", "2"]

@@ -265,8 +265,8 @@ def test_front_door_passes_variables_and_words_on(machine: Machine) -> None:
         ({"NPROC": "1"}, "vlm-dft train --processes 1"),
         ({"NPROC": "2"}, "torchrun --standalone --nproc_per_node 2 -m vlm_dft.cli train --processes 2"),
         (
-            {"DEEPSPEED": "zero3"},
-            "torchrun --standalone --nproc_per_node 1 -m vlm_dft.cli train --deepspeed zero3",
+            {"ENGINE": "zero3"},
+            "torchrun --standalone --nproc_per_node 1 -m vlm_dft.cli train --engine zero3",
         ),
     ],
 )
@@ -277,14 +277,14 @@ def test_front_door_launches_several_processes(machine: Machine, settings: dict[
 def test_torchrun_takes_none_of_our_words_for_its_own(machine: Machine) -> None:
     from torch.distributed.run import get_args_parser
 
-    words = front_door(machine, "--max_steps 3", NPROC="2", DEEPSPEED="zero2", OUTPUT="o", LORA="8", DATA="d")
+    words = front_door(machine, "--max_steps 3", NPROC="2", ENGINE="zero2", OUTPUT="o", LORA="8", DATA="d")
     parsed = get_args_parser().parse_args(words[1:])
     assert parsed.training_script_args == words[words.index("train") :]
 
 
 def test_dry_run_launches_no_processes(machine: Machine) -> None:
-    words = front_door(machine, "--dry-run", NPROC="8", DEEPSPEED="zero2")
-    assert words == "vlm-dft train --dry-run --deepspeed zero2 --processes 8".split()
+    words = front_door(machine, "--dry-run", NPROC="8", ENGINE="zero2")
+    assert words == "vlm-dft train --dry-run --engine zero2 --processes 8".split()
 
 
 def dry_run(words: str) -> str:
@@ -298,7 +298,7 @@ def dry_run(words: str) -> str:
 
 
 def test_dry_run_of_the_paper_s_setting_prints_the_resolved_run() -> None:
-    printed = dry_run("--model Qwen/Qwen2.5-VL-3B-Instruct --recipe wethink --deepspeed zero2 --processes 8")
+    printed = dry_run("--model Qwen/Qwen2.5-VL-3B-Instruct --recipe wethink --engine zero2 --processes 8")
     assert re.search(r"learning_rate: 5(\.0)?e-05", printed)
     assert re.search(r"epochs\W+1", printed)
     for expected in ("Qwen/Qwen2.5-VL-3B-Instruct", "wethink", "zero2"):

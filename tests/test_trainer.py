@@ -11,14 +11,16 @@ from typing import Any
 import pytest
 import torch
 
+from vlm_dft.arguments import training_arguments_of
 from vlm_dft.chat import Example
 from vlm_dft.collators import ChatCollator
 from vlm_dft.config import TrainConfig, resolve_config
 from vlm_dft.errors import ModelError
 from vlm_dft.loss_head import attach_loss
 from vlm_dft.models import load_model
+from vlm_dft.progress import read_metrics
 from vlm_dft.trainer import DFTTrainer
-from vlm_dft.training import read_metrics, train_objective, training_arguments_of
+from vlm_dft.training import train_objective
 
 torch.set_num_threads(1)
 STEADY = {

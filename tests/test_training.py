@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AttentionInterface
 
+from vlm_dft.arguments import training_arguments_of
 from vlm_dft.chat import Example
 from vlm_dft.collators import ChatCollator
 from vlm_dft.config import TrainConfig, resolve_config
@@ -18,9 +19,10 @@ from vlm_dft.loss_head import attach_loss
 from vlm_dft.models import load_model
 from vlm_dft.objectives import OBJECTIVES, token_loss
 from vlm_dft.packing import PackedDataset, find_mrope, pack_batch
+from vlm_dft.progress import read_metrics
 from vlm_dft.segment_attention import SEGMENTS, check_packing, use_segment_attention
 from vlm_dft.trainer import DFTTrainer
-from vlm_dft.training import read_metrics, train_objective, training_arguments_of
+from vlm_dft.training import train_objective
 
 torch.set_num_threads(1)
 SETTINGS = {

@@ -22,7 +22,7 @@ TRAIN_FLAGS = {  # the settings that `vlm-dft train --help` names; every other f
     "benchmark": "a card in eval/, or none",
     "output": "the run folder",
     "lora": "rank of LoRA; 0 trains the weights themselves",
-    "deepspeed": "zero2, zero3 or a JSON file",
+    "engine": "zero2, zero3 or a JSON file",
     "nproc": "training processes, one a GPU",
 }
 INSPECT_SETTINGS = {  # of TrainConfig and ChatCollator, checked as those of `train` are

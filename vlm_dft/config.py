@@ -9,7 +9,6 @@ import ast
 import dataclasses
 import importlib.util
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -19,11 +18,9 @@ from typing import Any, get_args, get_origin, get_type_hints
 from vlm_dft.cards import nearest
 from vlm_dft.errors import CardError, ConfigError
 from vlm_dft.families import PARTS
-from vlm_dft.kinds import KINDS
-from vlm_dft.objectives import OBJECTIVES, canonical
+from vlm_dft.objectives import canonical
+from vlm_dft.settings import DIRECTIONS, GROUPS, OUTSIDE_BRACKETS, plain
 
-TOO_LONG = ("raise", "drop", "shorten_answer", "downscale")
-RESIZE = ("processor", "pillow")
 PRECISIONS = ("auto", "fp32", "bf16", "pure_bf16")
 
 
@@ -44,9 +41,7 @@ class TrainConfig:
     output: str | None = None
     "The run folder; null means runs/RECIPE-MODEL-OBJECTIVE."
     lora: int = 0
-    "Rank of LoRA on the language model (alpha = 2 x rank); 0 trains the parts themselves."
-    train_parts: list[str] = field(default_factory=lambda: ["language", "head"])
-    "Which of vision, merger, language, head are trained."
+    "Rank of LoRA adapters (on the language model unless lora_parts says otherwise); 0 trains the parts themselves."
     precision: str = "auto"
     "auto: bf16 autocast over fp32 master weights on a GPU, fp32 elsewhere; fp32; bf16; pure_bf16 (no master weights)."
     attention: str | None = None
@@ -67,19 +62,32 @@ class TrainConfig:
     "Longest example in tokens; longer ones are dropped and counted, media are never cut."
     limit: int | None = None
     "Use only the first rows of the recipe."
-    eval_limit: int | None = None
-    "Evaluate only the first samples of each split."
     processes: int = 1
     "Training processes (GPUs); set by scripts/train_qwenvl.sh from NPROC."
-    deepspeed: str | None = None
-    "A DeepSpeed configuration file, or zero2 / zero3 for those in scripts/deepspeed/."
+    engine: str | None = None
+    "What several processes share: null (DDP), or zero2, zero3, zero3_offload, fsdp2 of scripts/engines/, or a .json of one's own."
+    parts: dict[str, Any] = field(default_factory=dict)
+    "train_parts (vision, merger, language, head), their PART_learning_rate and PART_weight_decay; lora_alpha, lora_dropout, lora_parts, "
+    "lora_targets, quantize; recompute (the parts whose activations are computed again in the backward pass)."
     loss: dict[str, Any] = field(default_factory=dict)
     "What is added to the objective: kl and kl_direction (forward, reverse), cadft (beta), full_weight (kinds of tokens)."
     collator: dict[str, Any] = field(default_factory=dict)
     "Anything of ChatCollator's: too_long (drop unless set), packing, resize, source_objectives, format_strings, template_options; "
     "min_pixels and max_pixels (image areas after resizing; the processor's unless set); and hosts to fetch images from."
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    "eval_limit (samples of each split after training); evaluate_every (steps), watch_limit, keep_best and patience while training."
     trainer: dict[str, Any] = field(default_factory=dict)
     "Anything else of transformers' TrainingArguments, passed through."
+
+    @property
+    def train_parts(self) -> list[str]:
+        """The parts that are trained as they are; under LoRA none, unless named."""
+        return list(self.parts.get("train_parts", () if self.lora else ("language", "head")))
+
+    @property
+    def eval_limit(self) -> int | None:
+        """Evaluate only the first samples of each split; None: all."""
+        return self.evaluation.get("eval_limit")
 
     @property
     def min_pixels(self) -> int | None:
@@ -106,21 +114,6 @@ class TrainConfig:
         return dataclasses.asdict(self)
 
 
-COLLATOR = (
-    "too_long",
-    "packing",
-    "resize",
-    "template_options",
-    "tokens_per_second",
-    "source_objectives",
-    "format_strings",
-    "min_pixels",
-    "max_pixels",
-    "hosts",
-)  # what `collator` may hold
-LOSS = ("kl", "kl_direction", "cadft", "full_weight")  # what `loss` may hold
-DIRECTIONS = {"forward": "KL(start || model)", "reverse": "KL(model || start)"}
-OUTSIDE_BRACKETS = re.compile(r",(?![^(]*\))")  # commas between objectives, not between an objective's parameters
 FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig)}
 OWNED_BY_US = {  # HF name -> ours: two names for one setting would contradict each other
     "per_device_train_batch_size": "batch_size and micro_batch", "gradient_accumulation_steps": "batch_size",
@@ -140,47 +133,38 @@ def resolve_config(*layers: tuple[str, Mapping[str, Any]]) -> TrainConfig:
     """
     values: dict[str, Any] = {}
     trainer: dict[str, Any] = {}
-    collator: dict[str, Any] = {}
-    loss: dict[str, Any] = {}
+    groups: dict[str, dict[str, Any]] = {group: {} for group in GROUPS}
+    owner = {name: group for group, settings in GROUPS.items() for name in settings}
     for where, layer in layers:
         for key, value in layer.items():
+            if key in (*GROUPS, "trainer") and not isinstance(value, Mapping):
+                raise ConfigError(f"{where}: {key} must be a mapping, found {value!r}.")
             if key == "trainer":
-                if not isinstance(value, Mapping):
-                    raise ConfigError(f"{where}: trainer must be a mapping, found {value!r}.")
                 trainer.update({name: _passed_through(name, v, where) for name, v in value.items()})
-            elif key == "collator":
-                if not isinstance(value, Mapping):
-                    raise ConfigError(f"{where}: collator must be a mapping, found {value!r}.")
-                collator.update({name: _of_collator(name, v, where) for name, v in value.items()})
-            elif key == "loss":
-                if not isinstance(value, Mapping):
-                    raise ConfigError(f"{where}: loss must be a mapping, found {value!r}.")
-                loss.update({name: _of_loss(name, v, where) for name, v in value.items()})
-            elif key in COLLATOR:
-                collator[key] = _of_collator(key, value, where)
-            elif key in LOSS:
-                loss[key] = _of_loss(key, value, where)
+            elif key in GROUPS:
+                groups[key].update({name: _of_group(key, name, v, where) for name, v in value.items()})
+            elif key in owner:
+                groups[owner[key]][key] = _of_group(owner[key], key, value, where)
             elif key in FIELDS:
                 values[key] = _coerce(key, value, where)
             else:
                 trainer[key] = _passed_through(key, value, where)
-    if values.get("lora"):
-        if any("train_parts" in layer for where, layer in layers if not where.startswith("recipe ")):
-            raise ConfigError("lora trains adapters of the language model alone: give either lora or train_parts.")
-        values["train_parts"] = ["language"]
+    said = [layer for where, layer in layers if not where.startswith("recipe ")]
+    if values.get("lora") and not any("train_parts" in {**layer, **layer.get("parts", {})} for layer in said):
+        groups["parts"].pop("train_parts", None)  # a recipe's, which are for training without adapters
     chosen = any("micro_batch" in layer for where, layer in layers if not where.startswith("recipe "))
     processes, batch = values.get("processes", 1), values.get("batch_size", TrainConfig().batch_size)
     if "micro_batch" in values and not chosen and batch % processes == 0:  # a recipe's is the largest that fits
         values["micro_batch"] = math.gcd(values["micro_batch"], batch // processes)
-    if loss.get("kl") == 0:  # switched off, whatever a card says
-        loss = {name: value for name, value in loss.items() if name not in ("kl", "kl_direction")}
-    collator, loss = ({k: v for k, v in found.items() if v is not None} for found in (collator, loss))
+    if groups["loss"].get("kl") == 0:  # switched off, whatever a card says
+        groups["loss"] = {k: v for k, v in groups["loss"].items() if k not in ("kl", "kl_direction")}
+    groups = {group: {k: v for k, v in found.items() if v is not None} for group, found in groups.items()}
     if "objective" in values:
         try:
             values["objective"] = [canonical(name) for name in values["objective"]]
         except ValueError as error:
             raise ConfigError(str(error)) from None
-    config = TrainConfig(**values, loss=loss, collator=collator, trainer=trainer)
+    config = TrainConfig(**{**values, **groups, "trainer": trainer})
     _check(config)
     return config
 
@@ -212,23 +196,20 @@ def _check(config: TrainConfig) -> None:
             f"kl and kl_direction belong together, found kl = {config.loss.get('kl')} and kl_direction = "
             f"{config.loss.get('kl_direction')}. Directions: {', '.join(f'{k} = {v}' for k, v in DIRECTIONS.items())}."
         )
-    if config.loss.get("kl") and not config.lora and config.deepspeed:
+    if config.loss.get("kl") and not config.lora and config.engine:
         raise ConfigError(
-            "kl without LoRA keeps a whole copy of the starting model, which DeepSpeed does not shard. Use LORA=RANK (the "
-            "reference is then the model without its adapters), or leave out deepspeed."
+            "kl without LoRA keeps a whole copy of the starting model, which no engine shards. Use LORA=RANK (the "
+            "reference is then the model without its adapters), or leave out engine."
         )
-    unknown = [p for p in config.train_parts if p not in PARTS]
-    if unknown or not config.train_parts:
-        raise ConfigError(f"train_parts: expected some of {', '.join(PARTS)}, found {config.train_parts}.")
+    if not config.lora and not config.train_parts:
+        raise ConfigError(f"train_parts: expected some of {', '.join(PARTS)}, found none.")
     if config.precision not in PRECISIONS:
         raise ConfigError(f"precision: expected one of {', '.join(PRECISIONS)}, found {config.precision!r}.")
     for name in ("epochs", "learning_rate", "batch_size", "micro_batch", "max_length", "processes"):
         if not 0 < getattr(config, name) < math.inf:  # not nan either
             raise ConfigError(f"{name} must be positive and finite, found {getattr(config, name)}.")
-    for name in ("limit", "eval_limit"):
-        value = getattr(config, name)
-        if value is not None and value <= 0:
-            raise ConfigError(f"{name} must be positive or null, found {value}.")
+    if config.limit is not None and config.limit <= 0:
+        raise ConfigError(f"limit must be positive or null, found {config.limit}.")
     if config.lora < 0 or not 0 <= config.warmup < 1:
         raise ConfigError("lora must not be negative, and warmup must lie in [0, 1).")
     one_pass = config.micro_batch * config.processes
@@ -239,91 +220,28 @@ def _check(config: TrainConfig) -> None:
         )
 
 
-def _of_collator(name: str, value: Any, where: str) -> Any:
-    if name not in COLLATOR:
+def _of_group(group: str, name: str, value: Any, where: str) -> Any:
+    known = GROUPS[group]
+    if name not in known:
         raise ConfigError(
-            f"{where}: unknown setting {name!r} of collator.{nearest(name, COLLATOR)} Known: {', '.join(COLLATOR)}."
+            f"{where}: unknown setting {name!r} of {group}.{nearest(name, known)} Known: {', '.join(known)}."
         )
-    if name in ("min_pixels", "max_pixels"):
-        return _positive(name, value, where)
-    if name == "source_objectives":
-        return _source_objectives(value, where)
-    value = value.split(",") if name in ("hosts", "format_strings") and isinstance(value, str) else _plain(value)
-    known = {"too_long": TOO_LONG, "resize": RESIZE, "packing": (True, False)}.get(name)
-    if known is not None and value not in known:
-        raise ConfigError(f"{where}: {name} must be one of {', '.join(map(str, known))}, found {value!r}.")
-    return value
-
-
-def _positive(name: str, value: Any, where: str) -> int | None:
-    """A positive whole number, or None."""
-    found = _plain(value)
-    if found in (None, "", "null", "none"):
-        return None
-    if isinstance(found, bool) or not isinstance(found, (int, float)) or int(found) != found or found <= 0:
-        raise ConfigError(f"{where}: {name} must be a whole number above 0 or null, found {value!r}.")
-    return int(found)
-
-
-def _source_objectives(value: Any, where: str) -> dict[str, str]:
-    """{source: objective}, as a mapping or as source=objective,source=objective."""
-    if value in (None, "", "null", "none"):
-        return {}
-    if isinstance(value, str):
-        pairs = [piece.split("=", 1) for piece in OUTSIDE_BRACKETS.split(value) if piece.strip()]
-        value = (
-            {pair[0].strip(): pair[-1].strip() for pair in pairs} if all(len(pair) == 2 for pair in pairs) else value
-        )
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"{where}: source_objectives must be source=objective,..., found {value!r}.")
-    for source, name in value.items():
-        if name not in OBJECTIVES:
-            raise ConfigError(
-                f"{where}: source_objectives gives {source!r} the unknown objective {name!r}.{nearest(str(name), OBJECTIVES)} "
-                f"Known (without parameters): {', '.join(OBJECTIVES)}."
-            )
-    return dict(value)
-
-
-def _of_loss(name: str, value: Any, where: str) -> Any:
-    if name not in LOSS:
-        raise ConfigError(f"{where}: unknown setting {name!r} of loss.{nearest(name, LOSS)} Known: {', '.join(LOSS)}.")
-    if name == "full_weight":
-        value = "" if value in ("none", "null") else value
-        kinds = [kind.strip() for kind in (value.split(",") if isinstance(value, str) else value or ()) if kind.strip()]
-        unknown = [kind for kind in kinds if kind not in KINDS]
-        if unknown:
-            raise ConfigError(
-                f"{where}: full_weight takes kinds of tokens, found {unknown[0]!r}.{nearest(unknown[0], KINDS)} Known: "
-                f"{', '.join(KINDS)}; texts of your own go into format_strings, and `format` into full_weight."
-            )
-        return kinds
-    if value in (None, "", "null", "none"):
-        return None
-    if name == "kl_direction":
-        if value not in DIRECTIONS:
-            said = ", ".join(f"{k} = {v}" for k, v in DIRECTIONS.items())
-            raise ConfigError(f"{where}: kl_direction must be one of {said}; found {value!r}.")
-        return value
-    number = _plain(value)
-    if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 <= number < math.inf:
-        raise ConfigError(f"{where}: {name} must be a number, 0 or more, found {value!r}.")
-    return float(number)
+    return known[name](name, value, where)
 
 
 def _passed_through(name: str, value: Any, where: str) -> Any:
     known = training_arguments()
     if name in OWNED_BY_US:
         raise ConfigError(f"{where}: {name} is set by {OWNED_BY_US[name]}.")
-    if name == "max_steps" and not isinstance(_plain(value), int):
+    if name == "max_steps" and not isinstance(plain(value), int):
         raise ConfigError(f"{where}: max_steps must be a whole number, found {value!r}.")
     if name not in known:
-        everything = [*FIELDS, *COLLATOR, *LOSS, *known]
+        ours = [*FIELDS, *(name for settings in GROUPS.values() for name in settings)]
         raise ConfigError(
-            f"{where}: unknown setting {name!r}.{nearest(name, everything)} Ours: {', '.join([*FIELDS, *COLLATOR, *LOSS])}; "
+            f"{where}: unknown setting {name!r}.{nearest(name, [*ours, *known])} Ours: {', '.join(ours)}; "
             "and every field of transformers' TrainingArguments."
         )
-    return _plain(value)
+    return plain(value)
 
 
 @cache
@@ -360,20 +278,6 @@ def _coerce(name: str, value: Any, where: str) -> Any:
     except (TypeError, ValueError) as error:
         wanted = getattr(target, "__name__", str(target))
         raise ConfigError(f"{where}: {name} must be of type {wanted}, found {value!r}.") from error
-
-
-def _plain(value: Any) -> Any:
-    """A pass-through word as a bool, int or float where it reads as one."""
-    if not isinstance(value, str):
-        return value
-    if value.lower() in ("true", "false"):
-        return value.lower() == "true"
-    for kind in (int, float):
-        try:
-            return kind(value)
-        except ValueError:
-            continue
-    return value
 
 
 def recipe_layer(recipe: str) -> Mapping[str, Any]:

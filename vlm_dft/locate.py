@@ -48,13 +48,11 @@ def base_model(folder: str) -> str:
     return resolve_model(json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"])
 
 
-def deepspeed_file(name: str | None) -> str | None:
+def engine_file(name: str | None) -> str | None:
     """The file of a DeepSpeed configuration: zero2 and zero3 are shipped, anything else is a path. Raises ModelError."""
     if name is None:
         return None
-    shipped = [
-        folder / f"{name}.json" for folder in (PACKAGE / "_cards/deepspeed", PACKAGE.parent / "scripts/deepspeed")
-    ]
+    shipped = [folder / f"{name}.json" for folder in (PACKAGE / "_cards/engines", PACKAGE.parent / "scripts/engines")]
     found = next((path for path in [*shipped, Path(name)] if path.is_file()), None)
     if found is None:
         raise ModelError(f"No DeepSpeed configuration {name!r}. Expected zero2, zero3 or the path of a JSON file.")

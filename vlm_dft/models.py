@@ -27,6 +27,11 @@ def _found(name: str) -> Iterator[None]:
         ) from error
 
 
+def device_kind() -> str:
+    """'cuda' where a GPU is usable, else 'cpu'."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def load_processor(name: str, *, min_pixels: int | None = None, max_pixels: int | None = None) -> Any:
     """The processor of a model, its image sizes limited to [min_pixels, max_pixels] (areas) where given."""
     from transformers import AutoProcessor

@@ -28,17 +28,16 @@ from vlm_dft.generation import generate
 from vlm_dft.kinds import MEANING
 from vlm_dft.loss_head import attach_loss
 from vlm_dft.metrics import summarise
-from vlm_dft.models import load_model, load_processor
+from vlm_dft.models import device_kind, load_model, load_processor
 from vlm_dft.preflight import Plan
 from vlm_dft.probing import gauge
+from vlm_dft.progress import read_metrics
 from vlm_dft.recipes import Accounting, load_recipe
 from vlm_dft.reporting import report_table, write_report
 from vlm_dft.runs import write_json, write_provenance, write_text
 from vlm_dft.training import (
-    device_kind,
     leave_engines,
     make_collator,
-    read_metrics,
     repeated_rows,
     train_objective,
 )

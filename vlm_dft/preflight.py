@@ -10,7 +10,7 @@ from typing import Any
 from vlm_dft.benchmarks import read_benchmark
 from vlm_dft.config import TrainConfig
 from vlm_dft.errors import CardError, ConfigError
-from vlm_dft.locate import deepspeed_file, resolve_model
+from vlm_dft.locate import engine_file, resolve_model
 from vlm_dft.recipes import read_recipe, recipe_root
 from vlm_dft.runs import claim_folder, default_output, path_name
 
@@ -36,7 +36,7 @@ class Plan:
 def check_run(config: TrainConfig, *, dry_run: bool = False) -> Plan:
     """Look up everything a run names and claim its folder. Raises a UserError; loads, downloads and trains nothing."""
     resolve_model(config.model)
-    deepspeed_file(config.deepspeed)
+    engine_file(config.engine)
     recipe = read_recipe(config.recipe)
     name = config.benchmark if config.benchmark is not None else recipe.get("benchmark")
     benchmark = None if name in (None, "none") else read_benchmark(str(name))
@@ -88,9 +88,9 @@ def describe_run(plan: Plan) -> str:
         lines.append("# still to say: DATA=, the folder with the images (see the notes)")
     if plan.recipe.get("notes"):
         lines.append(f"# notes: {str(plan.recipe['notes']).strip()}")
-    deepspeed = deepspeed_file(config.deepspeed)
+    deepspeed = engine_file(config.engine)
     if deepspeed:
-        lines += [f"# DeepSpeed: {config.deepspeed}", Path(deepspeed).read_text(encoding="utf-8").rstrip()]
+        lines += [f"# DeepSpeed: {config.engine}", Path(deepspeed).read_text(encoding="utf-8").rstrip()]
     if config.processes > 1 or deepspeed:
         lines.append(
             f"# launched by: torchrun --standalone --nproc_per_node {config.processes} -m vlm_dft.cli train ..."

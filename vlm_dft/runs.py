@@ -20,7 +20,7 @@ PLACES_ONLY = {
     "output",
     "processes",
     "micro_batch",
-    "deepspeed",
+    "engine",
 }  # may change between a run and its continuation: not the result
 PACKAGES = (
     "vlm-dft",

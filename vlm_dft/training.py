@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset
-from transformers import TrainerCallback, TrainingArguments, set_seed
+from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 
+from vlm_dft.arguments import training_arguments_of
 from vlm_dft.chat import Example
 from vlm_dft.collators import ChatCollator
 from vlm_dft.config import TrainConfig
-from vlm_dft.diagnostics import Alarm
 from vlm_dft.errors import ModelError
-from vlm_dft.locate import deepspeed_file
 from vlm_dft.loss_head import Kl, attach_loss, check_loss
 from vlm_dft.models import (
     add_lora,
     choose_attention,
+    device_kind,
     freeze_parts,
     load_model,
     load_processor,
     part_table,
 )
-from vlm_dft.runs import last_checkpoint, write_text
+from vlm_dft.progress import Metrics
+from vlm_dft.runs import last_checkpoint
 from vlm_dft.segment_attention import check_packing, use_segment_attention
 from vlm_dft.sources import MediaAccess
 from vlm_dft.trainer import DFTTrainer
@@ -43,50 +42,6 @@ class _Rows(Dataset[Example]):
 
     def __getitem__(self, k: int) -> Example:
         return self.examples[k]
-
-
-class _Metrics(TrainerCallback):
-    """One JSON object a logged step in metrics.jsonl, and a progress bar with the same numbers."""
-
-    def __init__(self, path: Path, title: str, show: bool) -> None:
-        self.path, self.title, self.show = path, title, show
-        self.alarms: list[Alarm] = []  # the trainer's
-        self.bar: Any = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not state.is_world_process_zero:
-            return
-        kept = [row for row in read_metrics(self.path) if row["step"] <= state.global_step]  # of a run that is resumed
-        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
-        if self.show:
-            from tqdm import tqdm
-
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.title, unit="step")
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.bar is not None:
-            self.bar.update(state.global_step - self.bar.n)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if not state.is_world_process_zero or "loss" not in (logs or {}):
-            return
-        with self.path.open("a", encoding="utf-8") as file:
-            alarms = [alarm.as_dict() for alarm in self.alarms if alarm.step == state.global_step]
-            file.write(json.dumps({"step": state.global_step, **logs, **({"alarms": alarms} if alarms else {})}) + "\n")
-        if self.bar is not None:
-            shown = {"loss": ".4f", "nll": ".4f", "mean_p": ".3f", "entropy": ".3f"}
-            self.bar.set_postfix_str(
-                " ".join(f"{k.replace('_', ' ')} {logs[k]:{f}}" for k, f in shown.items() if k in logs)
-            )
-
-    def say(self, alarm: Alarm) -> None:
-        """Print an alarm above the bar."""
-        if self.bar is not None:
-            self.bar.write(f"      {alarm.message}")
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.bar is not None:
-            self.bar.close()
 
 
 class _Loss(TrainerCallback):
@@ -112,26 +67,6 @@ class _Packing(TrainerCallback):
         check_packing(model, self.collator)
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a half-written last line (a killed run) is left out."""
-    rows: list[dict[str, Any]] = []
-    if not path.is_file():
-        return rows
-    lines = path.read_text(encoding="utf-8").splitlines()
-    for k, line in enumerate(lines):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            if k != len(lines) - 1:
-                raise
-    return rows
-
-
-def device_kind() -> str:
-    """'cuda' where a GPU is usable, else 'cpu'."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def make_collator(processor: Any, config: TrainConfig, **changes: Any) -> ChatCollator:
     """The collator of a run: what is too long is dropped unless the config says otherwise."""
     words = {"too_long": "drop", **config.collator, **changes}
@@ -147,42 +82,6 @@ def _timing(model: Any) -> dict[str, Any]:
     vision = getattr(model.config, "vision_config", None)
     found = getattr(vision, "tokens_per_second", None)
     return {} if found is None else {"tokens_per_second": found}
-
-
-def training_arguments_of(config: TrainConfig, folder: Path, n_examples: int) -> TrainingArguments:
-    """transformers' arguments of a run: ours, then the config's pass-through, which wins where it is set."""
-    steps, gpu = config.steps(n_examples), device_kind() == "cuda"
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
-    ours: dict[str, Any] = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": config.micro_batch,
-        "gradient_accumulation_steps": config.accumulation,
-        "num_train_epochs": config.epochs,
-        "learning_rate": config.learning_rate,
-        "weight_decay": 0.01,
-        "warmup_steps": config.warmup,
-        "lr_scheduler_type": "cosine",
-        "adam_beta2": 0.95,
-        "max_grad_norm": 1.0,
-        "bf16": gpu and config.precision in ("auto", "bf16"),
-        **({"activation_checkpointing": True} if gpu else {}),
-        "use_cpu": not gpu,
-        "dataloader_pin_memory": gpu,
-        "dataloader_num_workers": 4 if gpu else 0,
-        "remove_unused_columns": False,
-        "label_names": ["labels"],
-        "report_to": ["tensorboard"],
-        "logging_steps": max(1, steps // 100),
-        "logging_first_step": True,
-        "logging_nan_inf_filter": False,  # a diverged run must not look like a finished one
-        "save_steps": max(1, -(-steps // 5)),
-        "save_total_limit": 2,
-        "seed": config.seed,
-        "data_seed": config.seed,
-        "deepspeed": deepspeed_file(config.deepspeed),
-        "disable_tqdm": True,  # _Metrics shows a bar
-    }
-    return TrainingArguments(**{**ours, **config.trainer})
 
 
 def prepare_model(config: TrainConfig) -> tuple[Any, str]:
@@ -258,7 +157,7 @@ def train_objective(
         echo(f"      {choices}")
         if last is not None:
             echo(f"      continuing from {last}")
-    metrics = _Metrics(folder / "metrics.jsonl", f"      {objective}", echo is not None)
+    metrics = Metrics(folder / "metrics.jsonl", f"      {objective}", echo is not None)
     trainer = DFTTrainer(
         model=model,
         args=arguments,
