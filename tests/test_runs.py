@@ -6,7 +6,7 @@ import pytest
 
 from vlm_dft.config import resolve_config
 from vlm_dft.errors import ConfigError
-from vlm_dft.runs import claim_folder, default_output, last_checkpoint, versions, write_json, write_provenance
+from vlm_dft.runs import claim_folder, default_output, versions, write_json, write_provenance
 
 
 def test_the_default_folder_names_recipe_model_and_objectives() -> None:
@@ -23,20 +23,6 @@ def test_the_same_run_may_continue_with_other_micro_batches_but_not_other_settin
     claim_folder(tmp_path, resolve_config(("test", {"output": str(tmp_path), "micro_batch": 2})))
     with pytest.raises(ConfigError, match=r"epochs: 1.0 there, 2.0 now"):
         claim_folder(tmp_path, resolve_config(("test", {"output": str(tmp_path), "epochs": 2})))
-
-
-def test_only_whole_checkpoints_count_and_the_newest_wins(tmp_path: Path) -> None:
-    assert last_checkpoint(tmp_path) is None
-    for name, whole in (
-        ("checkpoint-9", True),
-        ("checkpoint-10", True),
-        ("checkpoint-30", False),
-        ("checkpoint-x", True),
-    ):
-        (tmp_path / name).mkdir()
-        if whole:
-            (tmp_path / name / "trainer_state.json").write_text("{}")
-    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
 
 
 def test_a_file_that_cannot_be_written_whole_leaves_the_old_one(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ INSPECT_SETTINGS = {  # of TrainConfig and ChatCollator, checked as those of `tr
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `vlm-dft`. Returns the exit status: 0, 2 for an error the user can put right, 130 after an interrupt."""
+    """Run `vlm-dft`. Returns the exit status: 0, 2 for an error the user can put right, 130 after an interrupt, 143 after SIGTERM."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         words, settings = _take_settings(words) if words[:1] == ["train"] else (words, {})
@@ -44,6 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.settings = settings
         return int(arguments.run(arguments) or 0)
     except UserError as error:
+        if hasattr(error, "status"):  # stopped by a signal: not a mistake
+            if int(os.environ.get("RANK", "0")) == 0:
+                print(str(error), file=sys.stderr)
+            return int(error.status)
         message = str(error)
         if "Original Traceback" in message:  # a data loader's worker sends its own along
             message = message.rsplit(f"{type(error).__name__}: ", 1)[-1].rstrip()
@@ -71,7 +75,8 @@ def _parser() -> argparse.ArgumentParser:
         help="train, evaluate before and after, report",
         description="Train, evaluate before and after, and report. Settings come from the recipe, the YAML file and the "
         "command line, the later winning. Any field of TrainConfig (vlm_dft/config.py) and of transformers' "
-        "TrainingArguments may follow as --name value.",
+        "TrainingArguments may follow as --name value. Exit status: 0 done; 2 an error to put right; 143 ended by SIGTERM, 130 by "
+        "Ctrl-C (in training: after saving the step), and the same command continues.",
     )
     train.add_argument("config", nargs="?", help="a YAML file of settings")
     for name, text in TRAIN_FLAGS.items():

@@ -122,6 +122,7 @@ OWNED_BY_US = {  # HF name -> ours: two names for one setting would contradict e
     "label_smoothing_factor": "nothing: smoothed labels are not DFT",
     "gradient_checkpointing": "activation_checkpointing", "save_strategy": "save_steps",
     "eval_strategy": "nothing: the run is evaluated when it is trained", "load_best_model_at_end": "nothing: the last is kept",
+    "save_only_model": "nothing: a checkpoint without the optimiser's state cannot be continued",
     "dataloader_drop_last": "nothing: every row is used", "use_cpu": "nothing: a GPU is used where there is one",
 }  # fmt: skip
 

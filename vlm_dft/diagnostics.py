@@ -65,6 +65,16 @@ class TokenDiagnostics:
         self.seen.clear()
         self._tokens = 0
 
+    def state(self) -> dict[str, Tensor] | None:
+        """What was seen since the last summary, summed up; None: nothing."""
+        if self.seen:
+            self._fold()
+        return None if self._folded is None else {"sums": self._folded[0], "histogram": self._folded[1]}
+
+    def restore(self, state: Mapping[str, Tensor] | None) -> None:
+        """Go on from a `state`."""
+        self._folded = None if state is None else (state["sums"], state["histogram"])
+
     def summary(self, reduce: Callable[[Tensor], Tensor] = lambda sums: sums) -> tuple[dict[str, float], Tensor]:
         """Numbers since the last call for a logger, and the sums [sources + 1, GROUPS, COLUMNS] behind them.
 

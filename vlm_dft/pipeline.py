@@ -9,7 +9,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from vlm_dft.cards import nearest
 from vlm_dft.chat import Example, Sample
 from vlm_dft.collators import ChatCollator
 from vlm_dft.config import TrainConfig
-from vlm_dft.errors import ConfigError, RowError, UserError
+from vlm_dft.errors import ConfigError, RowError
 from vlm_dft.explain import mask_report
 from vlm_dft.fitting import fit
 from vlm_dft.generation import generate
@@ -34,7 +34,7 @@ from vlm_dft.probing import gauge
 from vlm_dft.progress import read_metrics
 from vlm_dft.recipes import Accounting, load_recipe
 from vlm_dft.reporting import report_table, write_report
-from vlm_dft.runs import write_json, write_provenance, write_text
+from vlm_dft.runs import hold, write_json, write_provenance, write_text
 from vlm_dft.training import (
     leave_engines,
     make_collator,
@@ -49,22 +49,19 @@ SHOWN_MASKS = 8  # samples whose masks mask_report.json spells out
 
 def run(plan: Plan, *, echo: Echo) -> dict[str, Any]:
     """Everything the front door does. Returns the report; a finished run is only shown again."""
-    try:
-        return _run(plan, echo)
-    except UserError:
-        with suppress(OSError):
-            plan.output.rmdir()  # if it is empty: a start that failed claims nothing
-        raise
-
-
-def _run(plan: Plan, echo: Echo) -> dict[str, Any]:
-    config, output = plan.config, plan.output
+    output = plan.output
     if (output / "report.json").is_file():
         report: dict[str, Any] = json.loads((output / "report.json").read_text(encoding="utf-8"))
         echo(f"{output} is finished. Its result (remove the folder, or set OUTPUT=, to run again):")
         _show(report, output, echo)
         return report
     first = int(os.environ.get("RANK", "0")) == 0
+    with hold(output) if first else nullcontext():
+        return _run(plan, first, echo)
+
+
+def _run(plan: Plan, first: bool, echo: Echo) -> dict[str, Any]:
+    config, output = plan.config, plan.output
     started = time.monotonic()
     echo(f"[1/4] data: {config.recipe}, {plan.recipe['description'].strip()}")
     processor = load_processor(config.model, min_pixels=config.min_pixels, max_pixels=config.max_pixels)

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from vlm_dft.checkpoints import STAGING
 from vlm_dft.config import TrainConfig
 from vlm_dft.errors import ConfigError
 
+LOCK = ".lock"  # in a run folder: held by the run
 PLACES_ONLY = {
     "output",
     "processes",
@@ -53,7 +59,7 @@ def claim_folder(output: Path, config: TrainConfig) -> None:
         raise ConfigError(f"OUTPUT {str(output)!r} is a file. Expected a folder.")
     if written.is_file():
         _check_same(output, config)
-    elif output.is_dir() and any(output.iterdir()):
+    elif output.is_dir() and any(not path.name.startswith(".") for path in output.iterdir()):
         raise ConfigError(
             f"OUTPUT {str(output)!r} is not empty and not a run folder (no config.yaml). Choose another OUTPUT, or empty it."
         )
@@ -66,6 +72,45 @@ def claim_folder(output: Path, config: TrainConfig) -> None:
         raise ConfigError(
             f"Cannot write to OUTPUT {str(output)!r}: {error.strerror}. Choose another OUTPUT=."
         ) from error
+
+
+@contextmanager
+def hold(output: Path) -> Iterator[None]:
+    """Hold a run folder against other processes; the kernel lets go of it with this one. Raises ConfigError if it is held.
+
+    A POSIX lock: forked data loaders do not inherit it, and NFS knows it where its lock service runs.
+    """
+    with (output / LOCK).open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise ConfigError(
+                    f"Cannot lock {str(output / LOCK)!r}: {error.strerror}. Choose another OUTPUT=."
+                ) from error
+            file.seek(0)
+            raise ConfigError(
+                f"OUTPUT {str(output)!r} is in use by another run ({file.read().strip() or 'unknown'}). Wait for it, stop it, or "
+                "choose another OUTPUT=."
+            ) from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
+        sweep(output)
+        try:
+            yield
+        finally:
+            if [path.name for path in output.iterdir()] == [LOCK]:  # a start that failed claims nothing
+                (output / LOCK).unlink()
+                output.rmdir()
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed process was writing aside: files (write_text), and the checkpoint that it did not end."""
+    for path in folder.glob(".*.[0-9]*"):
+        if path.is_file():
+            path.unlink()
+    shutil.rmtree(folder / STAGING, ignore_errors=True)
 
 
 def write_provenance(output: Path, config: TrainConfig) -> None:
@@ -91,17 +136,6 @@ def versions() -> dict[str, Any]:
         "machine": {"system": platform.system(), "processor": platform.machine(), "cores": os.cpu_count()},
         "command": sys.argv,
     }
-
-
-def is_whole_checkpoint(folder: Path) -> bool:
-    """Whether a checkpoint folder was saved to the end: ours are renamed into place, so the last file tells."""
-    return (folder / "trainer_state.json").is_file()
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint-<step> of a run, or None."""
-    found = [p for p in folder.glob("checkpoint-*") if p.name[11:].isdigit() and is_whole_checkpoint(p)]
-    return max(found, key=lambda p: int(p.name[11:]), default=None)
 
 
 def write_text(path: Path, text: str) -> None:

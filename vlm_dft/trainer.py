@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
-from transformers import Trainer
-from transformers.trainer_utils import rotate_checkpoints
+from transformers import Trainer, TrainerCallback
 
+from vlm_dft.checkpoints import STAGING, CheckpointError, expected_bytes, failed, newest_whole, rotate, seal
 from vlm_dft.diagnostics import Alarm, StarvationAlarms, TokenDiagnostics
 from vlm_dft.errors import ModelError
 from vlm_dft.kinds import kind_bits
@@ -24,7 +25,7 @@ from vlm_dft.loss_head import Compatibility, Kl, LossMixin, response_hidden, sam
 from vlm_dft.objectives import IGNORE, Objective, find_objective
 from vlm_dft.runs import write_json
 
-STAGING = ".incomplete"  # a checkpoint is written here and renamed into place when it is whole
+WINDOW = "window_{}.pt"  # in a checkpoint, one a process: what it has gathered since the last log
 STATE = "loss_state.json"  # in a checkpoint: what CADFT knows of the samples before, and what starves
 KEPT = 0.95  # of those moments, from one optimiser step to the next
 LOGGER = logging.getLogger("vlm_dft")
@@ -84,21 +85,34 @@ class DFTTrainer(Trainer):
         self.diagnostics, self.alarms = TokenDiagnostics(sources), list[Alarm]()
         self._starvation, self._on_alarm = StarvationAlarms(sources), on_alarm
         self._staging = False
+        self._resumed: str | None = None  # the checkpoint that `train` goes on from
         self._norms: list[Any] = []  # gradient norms since the last log
         self._media: Tensor | None = None  # supervised media tokens since the last log; None: not counted
         self._samples: list[Tensor] = []  # mean NLLs of this step's samples
         self._moments, self._moments_step = [0.0, 0.0, 0.0], -1  # count, sum, sum of squares, before which step
+        self.add_callback(_Window(self))
         trained: Any = self.model
         head = trained.get_output_embeddings()
         alone = self.args.world_size == 1 and not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
         self._head = head if isinstance(head, LossMixin) and alone and self.accelerator.scaler is None else None
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train; on one process the head's gradient is formed in place, since nobody reduces or scales it."""
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Train; on one process the head's gradient is formed in place, since nobody reduces or scales it.
+
+        resume_from_checkpoint: a checkpoint's folder, or True for the newest whole one of output_dir.
+        """
+        if resume_from_checkpoint is True:
+            found, passed_over = newest_whole(Path(str(self.args.output_dir)))
+            for line in passed_over:
+                LOGGER.warning(line)
+            if found is None:
+                raise CheckpointError(f"No whole checkpoint to resume from in {self.args.output_dir!r}.")
+            resume_from_checkpoint = str(found)
+        self._resumed = str(resume_from_checkpoint) if resume_from_checkpoint else None
         if self._head is not None:
             self._head.in_place = True
         try:
-            return super().train(*args, **kwargs)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             if self._head is not None:
                 self._head.in_place, self._head._kept = False, None
@@ -199,28 +213,74 @@ class DFTTrainer(Trainer):
         return os.path.join(folder, STAGING) if self._staging else folder
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Save aside, then rename: a checkpoint is whole or not there."""
-        folder, name = Path(str(self.args.output_dir)), f"checkpoint-{self.state.global_step}"
+        """Save aside, seal, rename: a checkpoint is whole or not there. Raises CheckpointError in every process if one fails."""
+        run, step = Path(str(self.args.output_dir)), self.state.global_step
+        aside = run / STAGING / f"checkpoint-{step}"
         if self.args.should_save:
-            shutil.rmtree(folder / STAGING, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self._staging = True
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._staging = False
+            shutil.rmtree(run / STAGING, ignore_errors=True)
         if self.cadft:
             self._update_moments()
         self.accelerator.wait_for_everyone()
+        wrong: Exception | None = None
+        self._staging = True
+        try:
+            aside.mkdir(parents=True, exist_ok=True)
+            super()._save_checkpoint(model, trial)
+            torch.save(self._window(), aside / WINDOW.format(self.args.process_index))
+        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk, by each of the libraries' names
+            wrong = error
+        finally:
+            self._staging = False
+        self._all_saved(wrong, run)  # and everyone's files are there
         if self.args.should_save:
-            state = {"moments": self._moments, "starvation": self._starvation.state()}
-            write_json(folder / STAGING / name / STATE, state)
-            _sync(folder / STAGING / name)
-            shutil.rmtree(folder / name, ignore_errors=True)
-            os.rename(folder / STAGING / name, folder / name)
-            shutil.rmtree(folder / STAGING, ignore_errors=True)
-            rotate_checkpoints(output_dir=str(folder), save_total_limit=self.args.save_total_limit)
+            try:
+                state = {"moments": self._moments, "starvation": self._starvation.state()}
+                write_json(aside / STATE, state)
+                seal(aside, run / aside.name, step=step, processes=self.args.world_size)
+            except OSError as error:
+                wrong = error
+        self._all_saved(wrong, run)
+        if self.args.should_save:
+            rotate(run / aside.name, self.args.save_total_limit, protected=[self.state.best_model_checkpoint])
         self.accelerator.wait_for_everyone()
+
+    def _finalize_training(self, *args: Any) -> Any:
+        """As it is, except that the last checkpoint is not deleted where another one is the best (save_total_limit = 1)."""
+        best, self.state.best_model_checkpoint = self.state.best_model_checkpoint, None
+        try:
+            return super()._finalize_training(*args)  # type: ignore[no-untyped-call]
+        finally:
+            self.state.best_model_checkpoint = best
+
+    def _all_saved(self, wrong: Exception | None, run: Path) -> None:
+        """Wait until every process has saved its share. Raises CheckpointError where one could not."""
+        count = torch.tensor(float(wrong is not None), device=self.args.device)
+        if not self.accelerator.reduce(count, "sum"):
+            return
+        if self.args.should_save:
+            shutil.rmtree(run / STAGING, ignore_errors=True)
+        size = expected_bytes(self.model, adapter=hasattr(self.model, "peft_config"))
+        raise failed(run, self.state.global_step, wrong or OSError("another process failed"), size) from wrong
+
+    def _window(self) -> dict[str, Any]:
+        """What this process has gathered since the last log, which a log after a resume goes on from."""
+        norms = [float(norm) for norm in self._norms]
+        return {
+            "loss": self._tr_loss,
+            "logged_at": self._globalstep_last_logged,
+            "norms": norms,
+            "media": self._media,
+            "diagnostics": self.diagnostics.state(),
+        }
+
+    def _restore_window(self, checkpoint: str) -> None:
+        path = Path(checkpoint) / WINDOW.format(self.args.process_index)
+        if not path.is_file():
+            return
+        kept = torch.load(path, map_location=self.args.device, weights_only=True)
+        self._tr_loss, self._globalstep_last_logged = kept["loss"], kept["logged_at"]
+        self._norms, self._media = kept["norms"], kept["media"]
+        self.diagnostics.restore(kept["diagnostics"])
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Load weights by the model's own from_pretrained: on disk Qwen2.5-VL has other key names than in memory."""
@@ -237,9 +297,12 @@ class DFTTrainer(Trainer):
         model.load_state_dict(saved.state_dict(), strict=True)
 
 
-def _sync(folder: Path) -> None:
-    """Force a folder's files to the disk before it is renamed."""
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+class _Window(TrainerCallback):
+    """Goes on with the unfinished window of logs of the checkpoint that is resumed."""
+
+    def __init__(self, trainer: DFTTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer._resumed is not None:
+            self.trainer._restore_window(self.trainer._resumed)

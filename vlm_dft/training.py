@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from vlm_dft.arguments import training_arguments_of
 from vlm_dft.chat import Example
+from vlm_dft.checkpoints import check_room, expected_bytes, newest_whole
 from vlm_dft.collators import ChatCollator
 from vlm_dft.config import TrainConfig
 from vlm_dft.errors import ModelError
@@ -27,9 +30,10 @@ from vlm_dft.models import (
     part_table,
 )
 from vlm_dft.progress import Metrics
-from vlm_dft.runs import last_checkpoint
+from vlm_dft.runs import sweep
 from vlm_dft.segment_attention import check_packing, use_segment_attention
 from vlm_dft.sources import MediaAccess
+from vlm_dft.stopping import StopOnSignal, Stopped
 from vlm_dft.trainer import DFTTrainer
 
 
@@ -130,9 +134,10 @@ def train_objective(
 ) -> Path:
     """Train one objective into a folder, continuing from its last whole checkpoint. Returns the final checkpoint's path."""
     folder.mkdir(parents=True, exist_ok=True)
-    steps = config.steps(len(examples))
-    final = folder / f"checkpoint-{steps}"
-    last = last_checkpoint(folder)
+    if int(os.environ.get("RANK", "0")) == 0:
+        sweep(folder)
+    final = folder / f"checkpoint-{config.steps(len(examples))}"
+    last, passed_over = newest_whole(folder)
     if last == final:
         return final
     arguments = training_arguments_of(config, folder, len(examples))
@@ -144,6 +149,7 @@ def train_objective(
         raise ModelError(
             "Several GPUs in one process would mean DataParallel. Start one process per GPU: NPROC=<GPUs>."
         )
+    last = _agreed(last, arguments)
     if arguments.deepspeed:
         import deepspeed
 
@@ -155,8 +161,15 @@ def train_objective(
     collator = make_collator(processor, config, tag_sources=sources, **_timing(model))
     if echo is not None:
         echo(f"      {choices}")
+        for line in passed_over:
+            echo(f"      {line}")
         if last is not None:
             echo(f"      continuing from {last}")
+    size = expected_bytes(model, adapter=bool(config.lora))
+    warning = check_room(folder, size, arguments.save_total_limit) if arguments.should_save else None
+    if warning and echo is not None:
+        echo(f"      {warning}")
+    stop = StopOnSignal()
     metrics = Metrics(folder / "metrics.jsonl", f"      {objective}", echo is not None)
     trainer = DFTTrainer(
         model=model,
@@ -168,17 +181,34 @@ def train_objective(
         **loss_terms(config),
         sources=sources,
         on_alarm=metrics.say,
-        callbacks=[metrics, _Loss(collator), *([_Packing(collator)] if collator.packing else [])],
+        callbacks=[stop, metrics, _Loss(collator), *([_Packing(collator)] if collator.packing else [])],
     )
     metrics.alarms = trainer.alarms
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=str(last) if last else None)
-    reached = last_checkpoint(folder)
-    if reached != final:
+    try:
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+    finally:
+        stop.restore()
+    reached = folder / f"checkpoint-{trainer.state.global_step}"
+    if stop.received and reached != final:
+        name = signal.Signals(stop.received).name
+        raise Stopped(f"Stopped by {name}; {reached} is saved. The same command continues from it.", stop.received)
+    if reached != final or not final.is_dir():
         raise ModelError(
             f"Training ended at {reached}, expected {final.name}. Is max_steps or save_strategy overridden?"
         )
     return final
+
+
+def _agreed(last: Path | None, arguments: Any) -> Path | None:
+    """The first process's checkpoint, in all of them."""
+    if arguments.world_size == 1:
+        return last
+    from accelerate.utils import broadcast_object_list  # type: ignore[import-untyped]
+
+    name = [None if last is None else str(last)]
+    broadcast_object_list(name)
+    return None if name[0] is None else Path(name[0])
 
 
 def leave_engines() -> None:
