@@ -97,6 +97,8 @@ def place(folder: Path) -> str:
     steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_bytes().splitlines()[:-1]] if (
         folder / "metrics.jsonl").is_file() else []  # fmt: skip
     saving = next((path.name for path in (folder / ".incomplete").glob("*")), None) if folder.is_dir() else None
+    if saving and saving.startswith("old-"):
+        return f"deleting {saving.removeprefix('old-')}"
     return f"saving {saving}" if saving else f"after the log of step {steps[-1]}" if steps else "starting"
 
 

@@ -87,6 +87,7 @@ class DFTTrainer(Trainer):
         self._staging = False
         self._resumed: str | None = None  # the checkpoint that `train` goes on from
         self._norms: list[Any] = []  # gradient norms since the last log
+        self._normed_at = -1  # step of the last one
         self._media: Tensor | None = None  # supervised media tokens since the last log; None: not counted
         self._samples: list[Tensor] = []  # mean NLLs of this step's samples
         self._moments, self._moments_step = [0.0, 0.0, 0.0], -1  # count, sum, sum of squares, before which step
@@ -204,8 +205,11 @@ class DFTTrainer(Trainer):
         super().log(logs, start_time)
 
     def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
-        if grad_norm is not None:
+        if (
+            grad_norm is not None and self._normed_at != self.state.global_step
+        ):  # an epoch's end tells its last step's again
             self._norms.append(grad_norm)
+            self._normed_at = self.state.global_step
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
 
     def _get_output_dir(self, trial: Any) -> str:
