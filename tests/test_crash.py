@@ -89,9 +89,10 @@ def test_a_run_that_is_told_to_stop_saves_its_step_and_goes_on_as_if_nothing_had
         running = train(run)
         wait_for(lambda rows=rows: len(logged(run)) >= rows, running)  # type: ignore[misc]
         if number == signal.SIGTERM:
-            second = train(run)
-            status2, refused = ended(second)
-            assert status2 == 2 and f"in use by another run (process {running.pid} on" in refused
+            running.send_signal(signal.SIGSTOP)  # so that it does not end meanwhile
+            refusal, refused = ended(train(run))
+            running.send_signal(signal.SIGCONT)
+            assert refusal == 2 and f"in use by another run (process {running.pid} on" in refused
         running.send_signal(number)
         found, said = ended(running)
         last, _ = newest_whole(run)

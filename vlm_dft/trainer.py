@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device  # type: ignore[import-untyped]
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
@@ -281,7 +282,7 @@ class DFTTrainer(Trainer):
         path = Path(checkpoint) / WINDOW.format(self.args.process_index)
         if not path.is_file():
             return
-        kept = torch.load(path, map_location=self.args.device, weights_only=True)
+        kept = send_to_device(torch.load(path, map_location="cpu", weights_only=True), self.args.device)
         self._tr_loss, self._globalstep_last_logged = kept["loss"], kept["logged_at"]
         self._norms, self._media = kept["norms"], kept["media"]
         self.diagnostics.restore(kept["diagnostics"])
