@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,9 +126,13 @@ def train_objective(
     examples: list[Example],
     folder: Path,
     *,
+    lengths: Sequence[int] | None = None,
     echo: Callable[[str], Any] | None = None,
 ) -> Path:
-    """Train one objective into a folder, continuing from its last whole checkpoint. Returns the final checkpoint's path."""
+    """Train one objective into a folder, continuing from its last whole checkpoint. Returns the final checkpoint's path.
+
+    lengths: tokens of each example, if they are known, by which the examples of a step are dealt.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     steps = config.steps(len(examples))
     final = folder / f"checkpoint-{steps}"
@@ -167,6 +171,7 @@ def train_objective(
         objective=objective,
         **loss_terms(config),
         sources=sources,
+        lengths=lengths,
         on_alarm=metrics.say,
         callbacks=[metrics, _Loss(collator), *([_Packing(collator)] if collator.packing else [])],
     )
@@ -191,8 +196,3 @@ def leave_engines() -> None:
     unset_hf_deepspeed_config()
     AcceleratorState._reset_state()
     PartialState._reset_state()
-
-
-def repeated_rows(config: TrainConfig, examples: int) -> int:
-    """Rows that the data loader trains twice per epoch, to give every process a batch of the last step."""
-    return -examples % (config.micro_batch * config.processes) if config.processes > 1 else 0
