@@ -69,8 +69,8 @@ def check(model: Any, processor: Any, **words: Any) -> None:
     new = own.keys() - gradients.keys()
     assert new and all(not own[name].any() for name in new)
     assert own.keys() == run(model, pictured)[2].keys()  # what a picture goes through takes part
-    for name, expected in gradients.items():
-        assert float((own[name] - expected).abs().max()) <= 1e-11 * max(1.0, float(expected.abs().max())), name
+    for name, expected in gradients.items():  # Gemma 3 normalises in float32
+        assert float((own[name] - expected).abs().max()) <= 1e-9 * max(1.0, float(expected.abs().max())), name
 
 
 @pytest.mark.parametrize("layout", ["right", "left", "packed"])
