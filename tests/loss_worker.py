@@ -36,17 +36,19 @@ from vlm_dft.recipes import load_recipe, read_recipe
 from vlm_dft.segment_attention import use_segment_attention
 from vlm_dft.trainer import DFTTrainer
 
+ADAMW = {"learning_rate": 1e-4, "weight_decay": 0.1}
+EPSILON = 1e-5
+"""AdamW's. It divides by the size of a gradient: where that is rounding alone (a bias of the keys, to which attention is blind),
+the default of 1e-8 makes a step of the rounding in fp32. A gradient's usual size is 1e-3. Float64 is exact with either."""
+
 CASE: dict[str, Any] = {
     "objective": "dft", "rows": "drawn", "steps": 1, "micro_batch": 8, "accumulation": 1, "dtype": "float64", "by": "ours",
     "model": "tiny", "learning_rate": 0.05, "activation_checkpointing": False, "lora": 0, "kl": None, "cadft": 0.0,
     "full_weight": [], "packing": False, "optim": "sgd", "strategy": "sequential", "dummy_image": False, "frozen": [],
+    "epsilon": EPSILON,
 }  # fmt: skip
 """What a case is unless it says otherwise. by: "ours" (DFTTrainer), "stock" (Trainer with dft_loss) or "hand". model: "tiny",
 whose head is its embeddings', or "untied"."""
-ADAMW = {"learning_rate": 1e-3, "adam_epsilon": 1e-6, "weight_decay": 0.1}
-"""With eps = 1e-8, the default, a parameter whose gradient is zero but for rounding (a bias of the keys, to which attention is
-blind) moves by a tenth of the learning rate in fp32: by noise. In float64 either eps gives the same."""
-
 FSDP2 = {
     "version": 2, "reshard_after_forward": True, "cpu_ram_efficient_loading": False, "state_dict_type": "FULL_STATE_DICT",
     "transformer_layer_cls_to_wrap": ["Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock"],
@@ -183,7 +185,7 @@ def train(engine: str, case: dict[str, Any], rows: list[Example], collate: Colla
         use_cpu=True, dataloader_pin_memory=False, remove_unused_columns=False, label_names=["labels"], report_to=[],
         save_strategy="no", logging_steps=1, disable_tqdm=True, **ENGINES[engine],
         **(
-            {"optim": "adamw_torch", **ADAMW} if case["optim"] == "adamw"
+            {"optim": "adamw_torch", "adam_epsilon": case["epsilon"], **ADAMW} if case["optim"] == "adamw"
             else {"optim": "sgd", "learning_rate": case["learning_rate"], "weight_decay": 0.0}
         ),
     )  # fmt: skip
@@ -251,7 +253,7 @@ def differences(found: dict[str, Any], expected: dict[str, Any]) -> dict[str, fl
         for weights in (found["end"], expected["end"], start)
     )
     difference, moved = own - theirs, theirs - before
-    assert float(moved.norm()) > 1e-2
+    assert float(moved.norm()) > 3e-3
     return {
         "of_weights": float(difference.abs().max() / theirs.abs().max()),
         "of_update": float(difference.abs().max() / moved.abs().max()),
