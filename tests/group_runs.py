@@ -57,7 +57,7 @@ def run_plan(plan: Plan, cases: Mapping[str, dict[str, Any]], folder: Path, seco
 
     seconds: of each group, an engine and a split. DeepSpeed keeps the accumulation of the case before: a group has one split.
     """
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"engine": engine, "processes": int(split[0]), "seconds": seconds,
          "cases": {f"{engine} {split} {case}": {**cases[case], **SPLITS[split]} for case in chosen}}
         for engine, split, chosen in plan
@@ -65,7 +65,9 @@ def run_plan(plan: Plan, cases: Mapping[str, dict[str, Any]], folder: Path, seco
     groups[0]["cases"] |= more
     said = ""
     for _ in range(2):  # on a machine that is busy with other things a group has failed to start, once in many runs
-        groups = [g for g in groups if any(not (folder / f"{case}.pt").is_file() for case in g["cases"])]
+        for group in groups:
+            group["cases"] = {name: c for name, c in group["cases"].items() if not (folder / f"{name}.pt").is_file()}
+        groups = [group for group in groups if group["cases"]]
         if groups:
             said += launch([str(ROOT / "tests/loss_worker.py"), str(folder), json.dumps(groups)], 4 * seconds)
     said = "\n".join(
