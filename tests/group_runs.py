@@ -69,7 +69,8 @@ def run_plan(plan: Plan, cases: Mapping[str, dict[str, Any]], folder: Path, seco
             group["cases"] = {name: c for name, c in group["cases"].items() if not (folder / f"{name}.pt").is_file()}
         groups = [group for group in groups if group["cases"]]
         if groups:
-            said += launch([str(ROOT / "tests/loss_worker.py"), str(folder), json.dumps(groups)], 4 * seconds)
+            (folder / "groups.json").write_text(json.dumps(groups), encoding="utf-8")
+            said += launch([str(ROOT / "tests/loss_worker.py"), str(folder)], 4 * seconds)
     said = "\n".join(
         line for line in said.replace("\r", "\n").splitlines() if line.strip() and "it/s]" not in line
     )  # no bars

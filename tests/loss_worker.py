@@ -1,4 +1,4 @@
-"""Run by test_distributed.py: groups of cases in; the weights, logs and engine of each trained case out, one file a case.
+"""Run by group_runs.py: a folder with groups of cases in; the weights, logs and engine of each trained case out, one file a case.
 
 Everything is imported once and the processes of a group are forked: a launch costs ten times as much as a case.
 """
@@ -304,7 +304,7 @@ def run_group(group: dict[str, Any], *shared: Any) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
-    processor, groups = load_processor("tiny"), json.loads(sys.argv[2])
+    processor, groups = load_processor("tiny"), json.loads((Path(sys.argv[1]) / "groups.json").read_text())
     rows = rows_of(load_recipe(read_recipe("drawn"), None, limit=24)[0])
     save_untied(Path(sys.argv[1]) / "untied")  # and imports the model's modules before the processes are forked
     gc.freeze()  # accelerate collects garbage in every case, and half of a case's time went through what is imported
