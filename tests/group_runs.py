@@ -9,11 +9,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from vlm_dft.chat import Example
 
 ROOT = Path(__file__).resolve().parent.parent
 Found = dict[str, Any]
@@ -87,3 +90,15 @@ def run_plan(plan: Plan, cases: Mapping[str, dict[str, Any]], folder: Path, seco
         return found
 
     return result
+
+
+def some_of_words(rows: list[Example]) -> list[Example]:
+    """Two rows of three without their picture, so that most micro-batches of two have none."""
+
+    def texts(content: Any) -> Any:
+        return content if isinstance(content, str) else [part for part in content if part["type"] == "text"]
+
+    alone = [
+        replace(row, images=[], messages=[{**m, "content": texts(m["content"])} for m in row.messages]) for row in rows
+    ]
+    return [row if k % 3 == 0 else alone[k] for k, row in enumerate(rows)]

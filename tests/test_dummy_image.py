@@ -9,10 +9,15 @@ import torch
 from PIL import Image
 from processors import BUILDERS, build_processor
 from test_packing import TOKENS_PER_SECOND, make_model
+from transformers import TrainingArguments
+from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from vlm_dft import ChatCollator
+from vlm_dft.chat import Example
 from vlm_dft.errors import ModelError
+from vlm_dft.models import freeze_parts, load_model
 from vlm_dft.packing import PACKED_KEYS
+from vlm_dft.training import needs_dummy_image
 
 torch.set_num_threads(1)
 TEXTS = [("Hi there", "Hello."), ("What would you say, then, if it were longer?", "Nothing at all, I think.")]
@@ -179,3 +184,59 @@ def test_a_collator_with_one_travels_to_workers(processor: Any) -> None:
     collator = ChatCollator(processor, dummy_image=True)
     batch, again = collator(text_rows()), pickle.loads(pickle.dumps(collator))(text_rows())
     assert batch.keys() == again.keys() and all(torch.equal(batch[k], again[k]) for k in batch)
+
+
+# --- When a run needs one ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def towers() -> dict[str, Any]:
+    """The embedded model with its vision tower trained, and with it frozen."""
+    found = {name: load_model("tiny") for name in ("trained", "frozen")}
+    freeze_parts(found["frozen"], {"language", "head"})
+    return found
+
+
+def arguments_of(folder: Any, engine: str, processes: int) -> Any:
+    """TrainingArguments of an engine, in so many processes."""
+
+    class Several(TrainingArguments):
+        world_size = processes  # type: ignore[assignment]
+
+    found = Several(str(folder), use_cpu=True, report_to=[], fsdp=engine == "fsdp2")
+    if engine.startswith("zero"):
+        found.hf_deepspeed_config = HfDeepSpeedConfig({"zero_optimization": {"stage": int(engine[-1])}})
+    return found
+
+
+NEEDED = {  # (engine, vision tower) -> for rows of pictures, of words, of both; as found by leaving it out
+    ("ddp", "trained"): (False, True, True), ("ddp", "frozen"): (False, False, False),
+    ("zero2", "trained"): (False, True, True), ("zero2", "frozen"): (False, False, False),
+    ("zero3", "trained"): (False, True, True), ("zero3", "frozen"): (False, False, True),
+    ("fsdp2", "trained"): (False, True, True), ("fsdp2", "frozen"): (False, False, True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("engine", "tower"), NEEDED)
+def test_a_run_uses_one_where_its_engine_waits_for_the_tower(
+    engine: str, tower: str, towers: dict[str, Any], tmp_path: Any
+) -> None:
+    pictures, words = Example(pictured_row()["messages"], images=["a.png"]), Example(text_rows()[0]["messages"])
+    rows = ([pictures], [words], [pictures, words])
+    for processes in (1, 2):
+        arguments = arguments_of(tmp_path, engine, processes)
+        found = tuple(needs_dummy_image(towers[tower], arguments, kind) for kind in rows)
+        assert found == (NEEDED[engine, tower] if processes > 1 else (False,) * 3)
+
+
+def test_pictures_and_videos_together_are_refused_where_the_tower_is_split(
+    towers: dict[str, Any], tmp_path: Any
+) -> None:
+    rows = [
+        Example(text_rows()[0]["messages"], images=["a.png"]),
+        Example(text_rows()[0]["messages"], videos=["b.mp4"]),
+    ]
+    for engine in ("zero3", "fsdp2"):
+        with pytest.raises(ModelError, match="Train pictures and videos apart"):
+            needs_dummy_image(towers["frozen"], arguments_of(tmp_path, engine, 2), rows)
+    assert not needs_dummy_image(towers["trained"], arguments_of(tmp_path, "zero2", 2), rows)
