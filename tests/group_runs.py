@@ -58,14 +58,15 @@ def launch(arguments: list[str], seconds: float) -> str:
 def run_plan(plan: Plan, cases: Mapping[str, dict[str, Any]], folder: Path, seconds: float, **more: Any) -> Results:
     """Train all of a plan's cases. Returns (engine, split, case) -> what became of it, its engine and processes proven.
 
-    seconds: of each group, an engine and a split. DeepSpeed keeps the accumulation of the case before: a group has one split.
+    more: cases of one process, by what they are called in full. seconds: of each group, which has one engine and one split:
+    DeepSpeed keeps the accumulation of the case before.
     """
     groups: list[dict[str, Any]] = [
         {"engine": engine, "processes": int(split[0]), "seconds": seconds,
          "cases": {f"{engine} {split} {case}": {**cases[case], **SPLITS[split]} for case in chosen}}
         for engine, split, chosen in plan
     ]  # fmt: skip
-    groups[0]["cases"] |= more
+    groups.insert(0, {"engine": "none", "processes": 1, "seconds": seconds, "cases": more})
     said = ""
     for _ in range(2):  # on a machine that is busy with other things a group has failed to start, once in many runs
         for group in groups:
