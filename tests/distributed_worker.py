@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from group_runs import some_of_words
 
 from vlm_dft import training
 from vlm_dft.config import resolve_config
@@ -23,7 +24,7 @@ if any(config.engine for config in configs.values()):
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it is compiled, for minutes, and not used
-examples = load_recipe(read_recipe("drawn"), None, limit=24)[0]
+drawn = load_recipe(read_recipe("drawn"), None, limit=21)[0]  # a last step of five
 engines: list[Any] = []
 
 
@@ -44,7 +45,7 @@ def remember(self, *args, **kwargs):  # type: ignore[no-untyped-def]
 
 training.DFTTrainer.__init__ = remember  # type: ignore[method-assign]
 for name, config in configs.items():
-    training.train_objective(config, "dft", examples, folder / name)
+    training.train_objective(config, "dft", some_of_words(drawn) if "words" in name else drawn, folder / name)
     if int(os.environ.get("RANK", "0")) == 0:
         (folder / name / "engine.json").write_text(json.dumps(engines[-1]))
 sys.stderr.flush()

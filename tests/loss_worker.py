@@ -1,4 +1,4 @@
-"""Run by test_distributed.py: groups of cases in; the weights, logs and engine of each trained case out, one file a case.
+"""Run by group_runs.py: a folder with groups of cases in; the weights, logs and engine of each trained case out, one file a case.
 
 Everything is imported once and the processes of a group are forked: a launch costs ten times as much as a case.
 """
@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState, DistributedType, PartialState
+from accelerate.utils import gather_object
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing import ProcessExitedException, start_processes
@@ -26,21 +27,28 @@ from transformers import Trainer, TrainingArguments, set_seed
 
 from vlm_dft import ChatCollator, dft_loss
 from vlm_dft.chat import Example
+from vlm_dft.families import PARTS
 from vlm_dft.kinds import KINDS
 from vlm_dft.loss_head import Kl, attach_loss
-from vlm_dft.models import add_lora, load_model, load_processor
+from vlm_dft.models import add_lora, freeze_parts, load_model, load_processor
 from vlm_dft.objectives import IGNORE, OBJECTIVES
 from vlm_dft.recipes import load_recipe, read_recipe
+from vlm_dft.segment_attention import use_segment_attention
 from vlm_dft.trainer import DFTTrainer
+
+ADAMW = {"learning_rate": 1e-4, "weight_decay": 0.1}
+EPSILON = 1e-5
+"""AdamW's. It divides by the size of a gradient: where that is rounding alone (a bias of the keys, to which attention is blind),
+the default of 1e-8 makes a step of the rounding in fp32. A gradient's usual size is 1e-3. Float64 is exact with either."""
 
 CASE: dict[str, Any] = {
     "objective": "dft", "rows": "drawn", "steps": 1, "micro_batch": 8, "accumulation": 1, "dtype": "float64", "by": "ours",
     "model": "tiny", "learning_rate": 0.05, "activation_checkpointing": False, "lora": 0, "kl": None, "cadft": 0.0,
-    "full_weight": [],
+    "full_weight": [], "packing": False, "optim": "sgd", "strategy": "sequential", "dummy_image": False, "frozen": [],
+    "epsilon": EPSILON,
 }  # fmt: skip
 """What a case is unless it says otherwise. by: "ours" (DFTTrainer), "stock" (Trainer with dft_loss) or "hand". model: "tiny",
 whose head is its embeddings', or "untied"."""
-
 FSDP2 = {
     "version": 2, "reshard_after_forward": True, "cpu_ram_efficient_loading": False, "state_dict_type": "FULL_STATE_DICT",
     "transformer_layer_cls_to_wrap": ["Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock"],
@@ -63,12 +71,21 @@ ENGINES: dict[str, dict[str, Any]] = {
 class Collate:
     """ChatCollator, but that rows of the source "silent" have no target: as a batch after a filter of one's own."""
 
-    def __init__(self, processor: Any) -> None:
-        self.collator = ChatCollator(processor, tag_sources=["even", "odd"], source_objectives={"other": "nll"})
+    def __init__(self, processor: Any, *, packing: bool = False, dummy_image: bool = False) -> None:
+        words = {"tag_sources": ["even", "odd"], "source_objectives": {"other": "nll"}}
+        self.collator = ChatCollator(processor, packing=packing, dummy_image=dummy_image, **words)
+        self.packing, self.seen = packing, list[list[str]]()  # the rows of every batch
 
     def __call__(self, rows: list[Example]) -> dict[str, Any]:
         batch = self.collator(rows)
-        batch["labels"][[row.source == "silent" for row in rows]] = IGNORE
+        silent = [row.source == "silent" for row in rows]
+        if self.packing:
+            lengths = batch["cu_seq_lens_q"].diff()[: len(rows)]  # a dummy image has a segment of its own
+            hidden = torch.tensor(silent).repeat_interleave(lengths).nonzero().squeeze(1)
+            batch["labels"][0, hidden] = IGNORE
+        else:
+            batch["labels"][silent] = IGNORE
+        self.seen.append([str(row.id) for row in rows])
         return batch
 
     def plain(self, rows: list[Example]) -> dict[str, Any]:
@@ -92,6 +109,10 @@ def rows_of(examples: list[Example]) -> dict[str, list[Example]]:
         "own": rows(lambda k: "other" if k % 3 == 1 else "even", lambda k: own[k % 4]),
         "silent": rows(lambda k: "silent" if 4 <= k < 16 else "even"),  # half of step 1, all of step 2
         "words": [Example(alone[k]) if k % 8 > 3 else e for k, e in enumerate(examples)],  # one process sees no picture
+        "nothing but words": [Example(row) for row in alone],
+        "21": examples[:21],  # a last step of five
+        "17": examples[:17],  # a last step of one: other processes have none
+        "21 words": [Example(alone[k]) if k % 3 else e for k, e in enumerate(examples[:21])],
     }
 
 
@@ -122,6 +143,10 @@ def model_of(case: dict[str, Any], folder: Path) -> Any:
     assert (model.lm_head.weight is model.get_input_embeddings().weight) == (case["model"] == "tiny")
     if case["by"] == "ours":
         attach_loss(model)
+    if case["packing"]:
+        use_segment_attention(model)
+    if case["frozen"]:
+        freeze_parts(model, {*PARTS} - {*case["frozen"]})
     if case["lora"]:
         set_seed(1)
         model = add_lora(model, case["lora"])
@@ -156,9 +181,13 @@ def train(engine: str, case: dict[str, Any], rows: list[Example], collate: Colla
     arguments = TrainingArguments(
         str(folder / "run"), per_device_train_batch_size=case["micro_batch"], max_steps=case["steps"],
         gradient_accumulation_steps=case["accumulation"], activation_checkpointing=case["activation_checkpointing"],
-        learning_rate=case["learning_rate"], lr_scheduler_type="constant", optim="sgd", weight_decay=0.0, max_grad_norm=0.0,
-        use_cpu=True, dataloader_pin_memory=False, train_sampling_strategy="sequential", remove_unused_columns=False,
-        label_names=["labels"], report_to=[], save_strategy="no", logging_steps=1, disable_tqdm=True, **ENGINES[engine],
+        lr_scheduler_type="constant", max_grad_norm=0.0, train_sampling_strategy=case["strategy"], data_seed=7,
+        use_cpu=True, dataloader_pin_memory=False, remove_unused_columns=False, label_names=["labels"], report_to=[],
+        save_strategy="no", logging_steps=1, disable_tqdm=True, **ENGINES[engine],
+        **(
+            {"optim": "adamw_torch", "adam_epsilon": case["epsilon"], **ADAMW} if case["optim"] == "adamw"
+            else {"optim": "sgd", "learning_rate": case["learning_rate"], "weight_decay": 0.0}
+        ),
     )  # fmt: skip
     if engine.startswith("zero"):
         import deepspeed
@@ -174,6 +203,7 @@ def train(engine: str, case: dict[str, Any], rows: list[Example], collate: Colla
         trainer = DFTTrainer(
             model, arguments, collate, rows, objective=case["objective"], kl=kl, reference=frozen, cadft=case["cadft"],
             full_weight=case["full_weight"], sources=["even", "odd"],
+            lengths=[collate.collator.measure(row).tokens for row in rows] if case["strategy"] == "random" else None,
         )  # fmt: skip
     trainer.train()
     return {
@@ -183,6 +213,7 @@ def train(engine: str, case: dict[str, Any], rows: list[Example], collate: Colla
         "world_size": arguments.world_size,
         "engine": type(trainer.model_wrapped).__name__,
         "held": share_held(model),
+        "seen": gather_object([collate.seen]),
         "checkpointed": sum(getattr(module, "gradient_checkpointing", False) for module in model.modules()),
     }
 
@@ -212,6 +243,24 @@ def by_hand(case: dict[str, Any], rows: list[Example], collate: Collate, folder:
     return {"start": start, "end": end, "targets": counts}
 
 
+def differences(found: dict[str, Any], expected: dict[str, Any]) -> dict[str, float]:
+    """Largest difference of a weight, over the largest weight and over the largest movement; and of the whole, over its
+    movement (all in float64)."""
+    start = expected["start"]
+    assert start.keys() == found["start"].keys() and all(torch.equal(start[k], found["start"][k]) for k in start)
+    own, theirs, before = (
+        torch.cat([weights[name].double().flatten() for name in start])
+        for weights in (found["end"], expected["end"], start)
+    )
+    difference, moved = own - theirs, theirs - before
+    assert float(moved.norm()) > 3e-3
+    return {
+        "of_weights": float(difference.abs().max() / theirs.abs().max()),
+        "of_update": float(difference.abs().max() / moved.abs().max()),
+        "norm": float(difference.norm() / moved.norm()),
+    }
+
+
 def work(rank: int, group: dict[str, Any], rows: dict[str, list[Example]], processor: Any, port: int, out: str) -> None:
     """One process of a group."""
     engine, processes, folder = group["engine"], group["processes"], Path(out)
@@ -226,7 +275,9 @@ def work(rank: int, group: dict[str, Any], rows: dict[str, list[Example]], proce
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it is compiled, for minutes, and not used
     for name, changes in group["cases"].items():
         case = {**CASE, **changes}
-        arguments = (case, rows[case["rows"]], Collate(processor), folder)
+        collate = Collate(processor, packing=case["packing"], dummy_image=case["dummy_image"])
+        arguments = (case, rows[case["rows"]], collate, folder)
+        set_seed(0)
         found = by_hand(*arguments) if case["by"] == "hand" else train(engine, *arguments)
         if rank == 0:
             torch.save(found, folder / f"{name}.part")
@@ -253,7 +304,7 @@ def run_group(group: dict[str, Any], *shared: Any) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
-    processor, groups = load_processor("tiny"), json.loads(sys.argv[2])
+    processor, groups = load_processor("tiny"), json.loads((Path(sys.argv[1]) / "groups.json").read_text())
     rows = rows_of(load_recipe(read_recipe("drawn"), None, limit=24)[0])
     save_untied(Path(sys.argv[1]) / "untied")  # and imports the model's modules before the processes are forked
     gc.freeze()  # accelerate collects garbage in every case, and half of a case's time went through what is imported

@@ -459,7 +459,8 @@ def test_the_account_is_what_collating_the_kept_rows_gives(family: str, policy: 
     assert len(set(changed)) == len(changed) and set(changed) <= {example.id for example in kept}
     fresh = limited(family, limit, policy)
     batches = [fresh([example]) for example in kept]
-    assert account.tokens["all"] == sum(len(tokens_of(batch)) for batch in batches)
+    assert account.lengths == [len(tokens_of(batch)) for batch in batches]
+    assert account.tokens["all"] == sum(account.lengths)
     assert account.tokens["response"] == sum(len(targets_of(batch)) for batch in batches)
     assert max(len(tokens_of(batch)) for batch in batches) <= limit
 

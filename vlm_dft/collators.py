@@ -17,6 +17,7 @@ from vlm_dft.alignment import Ints
 from vlm_dft.batches import Encoded, Side, select
 from vlm_dft.cards import nearest
 from vlm_dft.chat import SIZE_SETTINGS, Example, Sample, as_example, is_trained, media_parts, media_settings
+from vlm_dft.dummy_image import DummyImage
 from vlm_dft.errors import MaskError, RowError
 from vlm_dft.explain import Explained, explain_row
 from vlm_dft.fitting import POLICIES, fit
@@ -68,6 +69,8 @@ class ChatCollator:
     tag_sources: sources to tell apart. The batch then has `token_kinds` [B, L] (bits of kinds.KINDS at targets, else 0)
         and `source_ids` [B, L] (index into tag_sources at targets, else -1), for diagnostics and overrides.
     format_strings: texts whose tokens are of the kind "format" there.
+    dummy_image: a batch without media gets one tiny picture that none of its tokens sees, for engines in which every process
+        must use the vision tower in every pass (dummy_image.py). Raises ModelError where the processor cannot have one.
 
     Call it with a list of `Example`s or of dicts `{"messages": [...], "images": [...]}`. Returns `input_ids`,
     `attention_mask`, `labels` (all [B, L]) and every key the processor returned (`pixel_values`, `image_grid_thw`,
@@ -91,6 +94,7 @@ class ChatCollator:
         source_objectives: Mapping[str, str] | None = None,
         tag_sources: Sequence[str] | None = None,
         format_strings: Sequence[str] = FORMAT_STRINGS,
+        dummy_image: bool = False,
     ) -> None:
         tokenizer = getattr(processor, "tokenizer", None)
         if tokenizer is None or not getattr(tokenizer, "is_fast", False):
@@ -128,6 +132,7 @@ class ChatCollator:
         self.processing = Processing(processor, self.template, side=padding_side, resize=resize)
         if not self.template.source and not self.processing.takes_suffix:
             raise ValueError(f"{type(processor).__name__} has no chat template. Set processor.chat_template.")
+        self.dummy = DummyImage(self.processing) if dummy_image else None
         self.counts: Counter[tuple[str, str]] = Counter()  # (source, what was done): of this process alone
         self._prompts_proved: Counter[str] = Counter()
         self._coarse = True  # targets need not know which characters each token came from, only which part of the text
@@ -149,6 +154,8 @@ class ChatCollator:
             ),
             **({} if self.tag_sources is None else self._tags(done)),
         }  # fmt: skip
+        if self.dummy is not None:
+            batch = self.dummy(batch, own_row=self.packing)
         if not self.packing:
             return batch
         return pack_batch(batch, mrope=find_mrope(self.processor), tokens_per_second=self.tokens_per_second)

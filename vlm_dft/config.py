@@ -21,6 +21,7 @@ from vlm_dft.families import PARTS
 from vlm_dft.objectives import canonical
 from vlm_dft.settings import DIRECTIONS, GROUPS, OUTSIDE_BRACKETS, plain
 
+OWN_STRATEGIES = ("random", "sequential")  # of train_sampling_strategy
 PRECISIONS = ("auto", "fp32", "bf16", "pure_bf16")
 
 
@@ -234,6 +235,11 @@ def _passed_through(name: str, value: Any, where: str) -> Any:
     known = training_arguments()
     if name in OWNED_BY_US:
         raise ConfigError(f"{where}: {name} is set by {OWNED_BY_US[name]}.")
+    if name == "train_sampling_strategy" and value not in OWN_STRATEGIES:
+        raise ConfigError(
+            f"{where}: train_sampling_strategy must be one of {', '.join(OWN_STRATEGIES)}, found {value!r}: with others the rows "
+            "of a step would depend on the number of processes. Its rows are dealt by length anyway."
+        )
     if name == "max_steps" and not isinstance(plain(value), int):
         raise ConfigError(f"{where}: max_steps must be a whole number, found {value!r}.")
     if name not in known:

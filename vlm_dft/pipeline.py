@@ -35,12 +35,7 @@ from vlm_dft.progress import read_metrics
 from vlm_dft.recipes import Accounting, load_recipe
 from vlm_dft.reporting import report_table, write_report
 from vlm_dft.runs import hold, write_json, write_provenance, write_text
-from vlm_dft.training import (
-    leave_engines,
-    make_collator,
-    repeated_rows,
-    train_objective,
-)
+from vlm_dft.training import leave_engines, make_collator, train_objective
 
 Echo = Callable[[Any], None]
 GAUGE_EXAMPLES = 256  # spread evenly over the training set: the standard error of mean p is then about 0.005
@@ -71,11 +66,6 @@ def _run(plan: Plan, first: bool, echo: Echo) -> dict[str, Any]:
     check_sources(config, examples)
     prior: dict[str, Any] = {}
     account.fingerprint = fingerprint(examples)
-    account.repeated = repeated_rows(config, len(examples))
-    if account.repeated:
-        echo(
-            f"      {account.repeated} rows an epoch are trained twice, to fill the last batch of {config.processes} processes"
-        )
     if first:
         _check_same_data(output, account)
         masks, prior = _look_before(config, processor, examples, echo)
@@ -89,7 +79,9 @@ def _run(plan: Plan, first: bool, echo: Echo) -> dict[str, Any]:
     for objective in config.objective:
         echo(f"[3/4] training: {objective}, {config.steps(len(examples))} steps of {config.batch_size} examples")
         at = time.monotonic()
-        checkpoint = train_objective(config, objective, examples, plan.folder(objective), echo=echo if first else None)
+        checkpoint = train_objective(
+            config, objective, examples, plan.folder(objective), lengths=account.lengths, echo=echo if first else None
+        )
         trained[objective] = {"checkpoint": str(checkpoint), "steps": config.steps(len(examples)),
                               "seconds": round(time.monotonic() - at, 1)}  # fmt: skip
     leave_engines()
@@ -163,6 +155,7 @@ def keep_fitting(examples: Sequence[Example], account: Accounting, collator: Cha
         account.used += 1
         account.sources[example.source] += 1
         account.notes.update(measured.notes)
+        account.lengths.append(measured.tokens - cut)
         account.tokens.update(all=measured.tokens - cut, media=measured.media, response=measured.targets - unlearnt)
         kept.append(fitted)
     if not kept:

@@ -145,9 +145,10 @@ class Processing:
                 Rendered("a row of the self-test", two, [image, image], [{}, {}], suffix=ANSWER),
             ]
         text = self.template.render([{"role": "user", "content": USER}], prompt=True)
-        return [Rendered("a row of the self-test", text), self._pictured(image)]
+        return [Rendered("a row of the self-test", text), self.pictured(image)]
 
-    def _pictured(self, *images: Any) -> Rendered:
+    def pictured(self, *images: Any) -> Rendered:
+        """A short prompt with the pictures."""
         content = [*({"type": "image"} for _ in images), {"type": "text", "text": USER}]
         text = self.template.render([{"role": "user", "content": content}], prompt=True)
         return Rendered("a row of the self-test", text, list(images), [{} for _ in images])
@@ -164,7 +165,7 @@ class Processing:
         images = [Image.new("RGB", (width, height), "red") for height, width in sizes]
         try:
             for count in (1, 2):
-                sample = self._pictured(*images[:count])
+                sample = self.pictured(*images[:count])
                 expected = sum(self.media_tokens(sizes[:count], [{}] * count))
                 found = self.placed(self([sample]).rows[0], sample)
                 if found != expected:

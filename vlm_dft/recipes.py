@@ -39,7 +39,7 @@ class Accounting:
     notes: Counter[str] = field(default_factory=Counter)  # what is to be said of the rows used -> rows
     tokens: Counter[str] = field(default_factory=Counter)  # all, media, response: of the rows used
     sources: Counter[str] = field(default_factory=Counter)  # rows used, by what they say they are of
-    repeated: int = 0  # rows trained twice an epoch, to fill the last batch of several processes
+    lengths: list[int] = field(default_factory=list)  # tokens of the rows used, in order
     fingerprint: str = ""  # of the rows used, in order
 
     def drop(self, reason: str, row_id: str) -> None:
@@ -61,7 +61,6 @@ class Accounting:
             "notes": dict(self.notes),
             "tokens": dict(self.tokens),
             "used_by_source": dict(self.sources),
-            "repeated": self.repeated,
             "fingerprint": self.fingerprint,
         }
 

@@ -10,20 +10,23 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import send_to_device  # type: ignore[import-untyped]
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
 
 from vlm_dft.checkpoints import STAGING, CheckpointError, expected_bytes, failed, newest_whole, rotate, seal
+from vlm_dft.config import OWN_STRATEGIES
 from vlm_dft.diagnostics import Alarm, StarvationAlarms, TokenDiagnostics
 from vlm_dft.errors import ModelError
 from vlm_dft.kinds import kind_bits
 from vlm_dft.loss_head import Compatibility, Kl, LossMixin, response_hidden, sample_indices, sample_means
 from vlm_dft.objectives import IGNORE, Objective, find_objective
+from vlm_dft.order import SilentCollator, Split, StepSampler, WithSilentPlaces
 from vlm_dft.runs import write_json
 
 WINDOW = "window_{}.pt"  # in a checkpoint, one a process: what it has gathered since the last log
@@ -40,7 +43,11 @@ class DFTTrainer(Trainer):
     off, else `reference` is a frozen copy. cadft: beta of the sample-level factor (0: none); a sample's mean NLL is held
     against those of earlier steps, so that the result does not depend on how a step is split. full_weight: kinds of
     tokens (kinds.KINDS) with w = 1 whatever the objective. sources: ChatCollator's `tag_sources`, for the diagnostics.
-    on_alarm: called on the first process with what starves (diagnostics.Alarm), also collected in `alarms`.
+    lengths: tokens of each example, if they are known: the examples of a step are then dealt to micro-batches and processes
+    by length. on_alarm: called on the first process with what starves (diagnostics.Alarm), also collected in `alarms`.
+
+    A step has the examples of plain seeded shuffling whatever the split, the last of an epoch too: no example is drawn twice
+    or left out, by any map-style data set and collator (order.py). An IterableDataset is for one process.
 
     The stock Trainer counts no targets for models with `accepts_loss_kwargs = False` (all Qwen-VL), so that its loss
     depends on how a batch is split; and it resumes Qwen2.5-VL from its initial weights (transformers 5.23, issue 43701).
@@ -57,6 +64,7 @@ class DFTTrainer(Trainer):
         cadft: float = 0.0,
         full_weight: Sequence[str] = (),
         sources: Sequence[str] = (),
+        lengths: Sequence[int] | None = None,
         on_alarm: Callable[[Alarm], Any] = lambda alarm: LOGGER.warning(alarm.message),
         **kwargs: Any,
     ) -> None:
@@ -78,6 +86,8 @@ class DFTTrainer(Trainer):
                 "reference = a frozen copy is not sharded by DeepSpeed or FSDP. Train with LoRA, and leave it out: the reference is "
                 "then the model with its adapters off."
             )
+        self._check_order()
+        self.lengths = lengths
         self.objective: str | Objective = objective
         self.kl, self.cadft = kl, cadft
         self.reference = None if reference is None else reference.eval().requires_grad_(False)
@@ -97,6 +107,59 @@ class DFTTrainer(Trainer):
         head = trained.get_output_embeddings()
         alone = self.args.world_size == 1 and not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
         self._head = head if isinstance(head, LossMixin) and alone and self.accelerator.scaler is None else None
+
+    def _check_order(self) -> None:
+        """Refuse what would make a step depend on how it is split, or leave examples out."""
+        args, own = self.args, cast(Any, self.args.accelerator_config)
+        if args.train_sampling_strategy not in OWN_STRATEGIES:
+            raise ValueError(
+                f"train_sampling_strategy = {args.train_sampling_strategy!r} makes steps that depend on the number of processes, "
+                f"expected one of {', '.join(map(repr, OWN_STRATEGIES))}. Give DFTTrainer the lengths: it deals the rows of a "
+                "step by them."
+            )
+        if args.dataloader_drop_last:
+            raise ValueError(
+                "dataloader_drop_last leaves examples out, expected False: the last step is exact. Leave it out."
+            )
+        if own.split_batches or own.dispatch_batches:
+            raise ValueError(
+                "accelerator_config: split_batches and dispatch_batches cut the tensors of a batch apart by rows, which patches "
+                "of pictures are not. Leave them out."
+            )
+        if isinstance(self.train_dataset, IterableDataset) and args.world_size > 1:
+            raise ValueError(
+                f"An IterableDataset in {args.world_size} processes: they would end after different numbers of batches, or "
+                "repeat rows. Give a data set with __len__ and __getitem__."
+            )
+
+    def get_train_dataloader(self) -> Any:
+        """The stock one, with silent places in the data set, the order and the collator."""
+        own, collator = self.train_dataset, self.data_collator
+        if own is None or isinstance(own, IterableDataset):
+            return super().get_train_dataloader()
+        self.train_dataset, self.data_collator = WithSilentPlaces(own, self.lengths), SilentCollator(collator)
+        try:
+            loader: Any = super().get_train_dataloader()
+        finally:
+            self.train_dataset, self.data_collator = own, collator
+        loader.set_sampler(
+            self._order
+        )  # given this way, it is told the epoch through accelerate's samplers, resumed too
+        return loader
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
+        accumulation = self.args.gradient_accumulation_steps
+        processes = self.get_total_train_batch_size(self.args) // (self._train_batch_size * accumulation)
+        self._order = StepSampler(
+            len(rows),
+            Split(self._train_batch_size, processes, accumulation),
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            lengths=self.lengths,
+            packed=bool(getattr(self.data_collator, "packing", False)),
+            shuffle=self.args.train_sampling_strategy == "random",
+        )
+        return self._order
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train; on one process the head's gradient is formed in place, since nobody reduces or scales it.

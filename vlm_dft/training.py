@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset
-from transformers import TrainerCallback, set_seed
+from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from vlm_dft.arguments import training_arguments_of
@@ -19,6 +19,7 @@ from vlm_dft.checkpoints import check_room, expected_bytes, newest_whole
 from vlm_dft.collators import ChatCollator
 from vlm_dft.config import TrainConfig
 from vlm_dft.errors import ModelError
+from vlm_dft.families import find_family, part_of
 from vlm_dft.loss_head import Kl, attach_loss, check_loss
 from vlm_dft.models import (
     add_lora,
@@ -124,15 +125,42 @@ def loss_terms(config: TrainConfig) -> dict[str, Any]:
     return terms
 
 
+def needs_dummy_image(model: Any, arguments: TrainingArguments, examples: Sequence[Example]) -> bool:
+    """Whether a micro-batch of text alone would leave other processes waiting for the vision tower's parameters.
+
+    They are reduced together if they are trained, and gathered together, trained or not, by ZeRO-3 and FSDP. Raises
+    ModelError for pictures and videos together under these: the tower runs once for each, in some processes only.
+    """
+    deepspeed = getattr(arguments, "hf_deepspeed_config", None)
+    split = getattr(arguments, "fsdp_plugin_args", None) is not None or (deepspeed is not None and deepspeed.is_zero3())
+    if arguments.world_size == 1:
+        return False
+    pictures, videos = any(e.images for e in examples), any(e.videos for e in examples)
+    if split and pictures and videos:
+        raise ModelError(
+            "ZeRO-3 and FSDP gather the vision tower once for the pictures and once for the videos of a batch, and the processes "
+            "would wait for each other where one has no videos. Train pictures and videos apart, or with zero2 or DDP."
+        )
+    family = find_family(model.config.model_type)
+    towers = (p for name, p in model.named_parameters() if part_of(name, family) in ("vision", "merger"))
+    trained = any(parameter.requires_grad for parameter in towers)
+    texts = any(not (e.images or e.videos) for e in examples)
+    return texts and (trained or (split and (pictures or videos)))
+
+
 def train_objective(
     config: TrainConfig,
     objective: str,
     examples: list[Example],
     folder: Path,
     *,
+    lengths: Sequence[int] | None = None,
     echo: Callable[[str], Any] | None = None,
 ) -> Path:
-    """Train one objective into a folder, continuing from its last whole checkpoint. Returns the final checkpoint's path."""
+    """Train one objective into a folder, continuing from its last whole checkpoint. Returns the final checkpoint's path.
+
+    lengths: tokens of each example, if they are known, by which the examples of a step are dealt.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     if int(os.environ.get("RANK", "0")) == 0:
         sweep(folder)
@@ -158,11 +186,14 @@ def train_objective(
     set_seed(config.seed)  # LoRA draws its start
     model, choices = prepare_model(config)
     sources = list(dict.fromkeys(example.source for example in examples))
-    collator = make_collator(processor, config, tag_sources=sources, **_timing(model))
+    dummy = {"dummy_image": True} if needs_dummy_image(model, arguments, examples) else {}
+    collator = make_collator(processor, config, tag_sources=sources, **_timing(model), **dummy)
     if echo is not None:
         echo(f"      {choices}")
         for line in passed_over:
             echo(f"      {line}")
+        if dummy:
+            echo("      batches of text alone carry a dummy image, since every process must use the vision tower")
         if last is not None:
             echo(f"      continuing from {last}")
     size = expected_bytes(model, adapter=bool(config.lora))
@@ -180,6 +211,7 @@ def train_objective(
         objective=objective,
         **loss_terms(config),
         sources=sources,
+        lengths=lengths,
         on_alarm=metrics.say,
         callbacks=[stop, metrics, _Loss(collator), *([_Packing(collator)] if collator.packing else [])],
     )
@@ -221,8 +253,3 @@ def leave_engines() -> None:
     unset_hf_deepspeed_config()
     AcceleratorState._reset_state()
     PartialState._reset_state()
-
-
-def repeated_rows(config: TrainConfig, examples: int) -> int:
-    """Rows that the data loader trains twice per epoch, to give every process a batch of the last step."""
-    return -examples % (config.micro_batch * config.processes) if config.processes > 1 else 0
