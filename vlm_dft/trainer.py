@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
 from vlm_dft.diagnostics import Alarm, StarvationAlarms, TokenDiagnostics
@@ -39,6 +40,8 @@ class DFTTrainer(Trainer):
     against those of earlier steps, so that the result does not depend on how a step is split. full_weight: kinds of
     tokens (kinds.KINDS) with w = 1 whatever the objective. sources: ChatCollator's `tag_sources`, for the diagnostics.
     on_alarm: called on the first process with what starves (diagnostics.Alarm), also collected in `alarms`.
+    on_activity: called with "training", "evaluating" and "saving" when one of them begins.
+    `watch`: what evaluates while training (watching.Watch), in place of the stock evaluation of a loss.
 
     The stock Trainer counts no targets for models with `accepts_loss_kwargs = False` (all Qwen-VL), so that its loss
     depends on how a batch is split; and it resumes Qwen2.5-VL from its initial weights (transformers 5.23, issue 43701).
@@ -56,6 +59,7 @@ class DFTTrainer(Trainer):
         full_weight: Sequence[str] = (),
         sources: Sequence[str] = (),
         on_alarm: Callable[[Alarm], Any] = lambda alarm: LOGGER.warning(alarm.message),
+        on_activity: Callable[[str], Any] = lambda what: None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -83,9 +87,12 @@ class DFTTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # so that the supervised tokens of the step are counted
         self.diagnostics, self.alarms = TokenDiagnostics(sources), list[Alarm]()
         self._starvation, self._on_alarm = StarvationAlarms(sources), on_alarm
+        self.on_activity = on_activity
+        self.watch: Any = None
         self._staging = False
         self._norms: list[Any] = []  # gradient norms since the last log
         self._media: Tensor | None = None  # supervised media tokens since the last log; None: not counted
+        self._inputs: Tensor | None = None  # all tokens since the last log, padding left out
         self._samples: list[Tensor] = []  # mean NLLs of this step's samples
         self._moments, self._moments_step = [0.0, 0.0, 0.0], -1  # count, sum, sum of squares, before which step
         trained: Any = self.model
@@ -126,6 +133,9 @@ class DFTTrainer(Trainer):
         if model.training:
             own = (None if tags is None else tags[:, 1:][rows] for tags in (kinds, sources))
             self.diagnostics.add(outputs, *own)
+            mask = inputs.get("attention_mask")
+            count = torch.tensor(labels.numel(), device=labels.device) if mask is None else mask.sum()
+            self._inputs = count if self._inputs is None else self._inputs + count
             types = inputs.get("mm_token_type_ids")
             if types is not None:
                 count = ((types > 0) & (labels != IGNORE)).sum()
@@ -173,6 +183,8 @@ class DFTTrainer(Trainer):
                 limit = self.args.max_grad_norm
                 clipped = [float(norm) > limit for norm in self._norms] if limit else []
                 found |= {"clip_rate": sum(clipped) / len(clipped)} if clipped else {}
+                if self._inputs is not None:
+                    found["input_tokens"] = int(self.accelerator.reduce(self._inputs, "sum"))
                 if self._media is not None:
                     found["supervised_media_tokens"] = int(self.accelerator.reduce(self._media, "sum"))
                 logs = {**logs, **found}
@@ -181,7 +193,7 @@ class DFTTrainer(Trainer):
                     if self.accelerator.is_main_process:
                         self._on_alarm(alarm)
             self._norms.clear()
-            self._media = None
+            self._media = self._inputs = None
             if not math.isfinite(logs["loss"]) or math.isnan(logs.get("nll", 0.0)):
                 raise ModelError(
                     f"The loss is {logs['loss']} (NLL {logs.get('nll', math.nan)}) at step {self.state.global_step}: the model has "
@@ -192,7 +204,22 @@ class DFTTrainer(Trainer):
     def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
         if grad_norm is not None:
             self._norms.append(grad_norm)
+        pause = "evaluating" if self.control.should_evaluate else "saving" if self.control.should_save else None
+        if pause:
+            self.on_activity(pause)
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+        if pause:
+            self.on_activity("training")
+
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
+        if self.watch is None:
+            found: dict[str, float] = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+            return found
+        found = self.watch.evaluate(self)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
+        if self.control.should_save:
+            self.on_activity("saving")
+        return found
 
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)
@@ -212,14 +239,24 @@ class DFTTrainer(Trainer):
         if self.cadft:
             self._update_moments()
         self.accelerator.wait_for_everyone()
+        if (
+            self.state.best_global_step
+        ):  # the stock Trainer names the folder that the best one was written to, not its place
+            self.state.best_model_checkpoint = str(folder / f"checkpoint-{self.state.best_global_step}")
         if self.args.should_save:
+            if self.state.best_global_step:
+                self.state.save_to_json(str(folder / STAGING / name / TRAINER_STATE_NAME))
             state = {"moments": self._moments, "starvation": self._starvation.state()}
             write_json(folder / STAGING / name / STATE, state)
             _sync(folder / STAGING / name)
             shutil.rmtree(folder / name, ignore_errors=True)
             os.rename(folder / STAGING / name, folder / name)
             shutil.rmtree(folder / STAGING, ignore_errors=True)
-            rotate_checkpoints(output_dir=str(folder), save_total_limit=self.args.save_total_limit)
+            rotate_checkpoints(
+                output_dir=str(folder),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+            )
         self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
