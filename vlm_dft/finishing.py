@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from vlm_dft.config import TrainConfig
+from vlm_dft.evaluations import decided, read_evaluations
 from vlm_dft.reporting import percent
 from vlm_dft.runs import is_whole_checkpoint, last_checkpoint, write_json
-from vlm_dft.watching import decided, read_evaluations
 
 FINISHED = "finished.json"
 

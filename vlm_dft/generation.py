@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlm_dft.bars import Bar
 from vlm_dft.chat import Sample
 from vlm_dft.collators import ChatCollator
 from vlm_dft.errors import ConfigError, ImageError
@@ -153,11 +154,8 @@ def _read_answer(ids: list[int], ends: Sequence[int], processor: Any) -> dict[st
 
 def _batches(samples: Sequence[Sample], prompts: Sequence[str], size: int, title: str | None) -> Iterator[list[int]]:
     """Indices of samples, longest prompts first, cut into batches of all samples: a resumed run makes the same ones."""
-    from tqdm import tqdm
-
     order = sorted(range(len(samples)), key=lambda k: (-_cost(samples[k], prompts[k]), k))
-    bar = tqdm(total=len(samples), desc=f"      {title}", unit="sample", disable=title is None)
-    with bar:
+    with Bar(len(samples), title) as bar:
         for start in range(0, len(order), size):
             yield order[start : start + size]
             bar.update(len(order[start : start + size]))

@@ -17,13 +17,14 @@ from rich.console import Console, ConsoleOptions
 from rich.live import Live
 from rich.text import Text
 
+from vlm_dft.bars import can_draw
 from vlm_dft.pace import clock_text
 from vlm_dft.reporting import percent
 
 MOST_OFTEN = 0.25  # seconds between two pictures, at least
 SHARE = 0.005  # of the time, at most, goes into drawing
 LINES = 100  # plain lines of a whole run, about, and one a minute
-TOO_NARROW = 20  # columns
+TOO_NARROW, WIDEST = 20, 120  # columns
 BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
@@ -42,13 +43,12 @@ class Known:
     logs: Mapping[str, Any] = field(default_factory=dict)
     timing: Mapping[str, Any] = field(default_factory=dict)
     curves: dict[str, list[float]] = field(default_factory=lambda: {"loss": [], "nll": [], "mean_p": []})
-    scores: str = ""
-    best: str = ""
+    scores: Sequence[str] = ()  # of the last evaluation; and when that was, and the best one
     alarms: list[str] = field(default_factory=list)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
         """As many lines as the terminal has room for; what matters least goes first."""
-        yield from draw(self, options.max_width, console.height)
+        yield from draw(self, min(options.max_width, WIDEST), console.height)
 
 
 def draw(known: Known, width: int, height: int = 24) -> list[Text]:
@@ -59,22 +59,29 @@ def draw(known: Known, width: int, height: int = 24) -> list[Text]:
         (0, [_title(known, width), _bar(known, width)]),
         (2, _numbers(known, width)),
         (4, _histogram(known.logs, width)),
-        (3, [_labelled("evaluated", text, width) for text in (known.scores, known.best) if text]),
+        (3, [_labelled(label, text, width) for label, text in zip(("accuracy", ""), known.scores, strict=False)]),
         (1, [_fitted(Text(f"! {text}", "bold red"), width) for text in known.alarms[-3:]]),
     ]
-    blocks = [(rank, lines) for rank, lines in blocks if lines]
-    while len(blocks) > 1 and sum(len(lines) + 1 for _, lines in blocks) > height:
-        blocks.remove(max(blocks, key=lambda block: block[0]))
-    lines = [line for _, found in blocks for line in [*found, Text("")]][:-1]
-    return lines[: height - 1]
+    room = height - 2  # above it a line between it and what was printed, below it the cursor
+    kept: list[int] = []
+    for k in sorted(range(len(blocks)), key=lambda k: blocks[k][0]):
+        rank, lines = blocks[k]
+        lines = lines[: max(0, room)] if rank <= 2 else lines if len(lines) <= room else []
+        blocks[k] = rank, lines
+        if lines:
+            kept.append(k)
+            room -= len(lines) + 1
+    return [line for k in sorted(kept) for line in [Text(""), *blocks[k][1]]]
 
 
 def _title(known: Known, width: int) -> Text:
     right = f"{known.now}  {clock_text(known.seconds)} gone, {clock_text(known.left)} left"
-    left = _fitted(Text(known.title, "bold"), max(0, width - len(right) - 2))
-    if not left.plain.rstrip("…"):
-        return _fitted(Text(f"{known.now}, {clock_text(known.left)} left"), width)
-    return left + Text(" " * (width - left.cell_len - len(right)) + right, "" if known.now == "training" else "yellow")
+    room = width - len(right) - 2
+    if room < min(12, len(known.title)):
+        return _fitted(Text(f"{known.now}, {clock_text(known.left)} left", "bold"), width)
+    left = _fitted(Text(known.title, "bold"), room)
+    left.append(right.rjust(width - left.cell_len), "" if known.now == "training" else "yellow")
+    return left
 
 
 def _bar(known: Known, width: int) -> Text:
@@ -108,7 +115,7 @@ def _numbers(known: Known, width: int) -> list[Text]:
     for label, key in (("lr", "learning_rate"), ("grad norm", "grad_norm")):
         left.append(Text.assemble((f"{label:<10}", "dim"), _number(logs.get(key), ".3g")))
     if not two:
-        return [_fitted(line, width) for line in [*left, *(_labelled(a, b, width) for a, b in right if a)]]
+        return [_fitted(line, width) for line in [*left, *(_labelled(a, b, width, 16) for a, b in right if a)]]
     lines = []
     for line, (label, value) in zip(left, right, strict=True):
         line.pad_right(max(0, width - column - line.cell_len))
@@ -118,27 +125,28 @@ def _numbers(known: Known, width: int) -> list[Text]:
     return lines
 
 
-def _histogram(logs: Mapping[str, Any], width: int, rows: int = 3) -> list[Text]:
-    """Bars of the shares of p, three lines high, over the lower edge of each bin."""
+def _histogram(logs: Mapping[str, Any], width: int, rows: int = 2) -> list[Text]:
+    """Bars of the shares of p over the shares themselves and the lower edge of each bin."""
     bins = {key.split("/", 1)[1]: float(share) for key, share in logs.items() if key.startswith("p_histogram/")}
     each = min(6, (width - 2) // len(bins)) if bins else 0
     if each < 2:
         return []
     most = max(bins.values()) or 1.0
     eighths = [max(round(share / most * 8 * rows), int(share > 0)) for share in bins.values()]
-    lines = [Text(f"p of the response tokens; the highest bar is {most:.0%} of them", "dim")]
+    lines = [Text("p of the response tokens, and the share of them in each bin", "dim")]
     for row in reversed(range(rows)):
         bars = (BLOCKS[max(0, min(8, count - 8 * row))] * (each - 1) + " " for count in eighths)
         lines.append(Text("".join(bars).rstrip(), "cyan"))
     if each >= 5:
         edges = [name.split("-")[0].removeprefix("0") or "0" for name in bins]
         edges = [{".0001": "1e-4", ".001": "1e-3"}.get(edge, edge) for edge in edges]
+        lines.append(Text("".join(f"{share:<{each}.0%}" for share in bins.values())))
         lines.append(Text("".join(f"{edge:<{each}}" for edge in edges) + "1", "dim"))
     return [_fitted(line, width) for line in lines]
 
 
-def _labelled(label: str, value: str, width: int) -> Text:
-    return _fitted(Text.assemble((f"{label:<16}", "dim"), value), width)
+def _labelled(label: str, value: str, width: int, column: int = 10) -> Text:
+    return _fitted(Text.assemble((f"{label:<{column}}", "dim"), value), width)
 
 
 def _fitted(text: Text, width: int) -> Text:
@@ -173,13 +181,6 @@ def plain_line(known: Known) -> str:
     if "response_tokens_per_second" in known.timing:
         parts.append(f"{known.timing['response_tokens_per_second']:,.0f} response tok/s")
     return "  ".join([*parts, f"ETA {clock_text(known.left)}"])
-
-
-def can_draw(stream: TextIO, environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether a stream is a terminal that takes pictures, and nobody asked for plain text (NO_COLOR, CI, TERM=dumb)."""
-    plain = environment.get("NO_COLOR") or environment.get("CI") or environment.get("TERM", "dumb") == "dumb"
-    utf = (getattr(stream, "encoding", None) or "").lower().replace("-", "").startswith("utf")
-    return bool(utf and not plain and stream.isatty())
 
 
 class View:
@@ -235,13 +236,18 @@ class View:
         self.echo(f"      {text}")
 
     def scored(self, step: int, splits: Mapping[str, Mapping[str, Any]], best: str) -> None:
-        """An evaluation has ended: {split: metrics}."""
-        said = [f"{split} {percent(row['accuracy'], row['stderr'])}" for split, row in splits.items()]
-        count = next(iter(splits.values()))["count"]
-        self.known.scores = f"step {step}, {count} samples a split: {', '.join(said)} %"
-        self.known.best = best
+        """An evaluation has ended: {split: metrics}, the first one with its standard error."""
+        (first, row), *others = splits.items()
+        said = ", ".join(
+            [
+                f"{first} {percent(row['accuracy'], row['stderr'])} %",
+                *(f"{k} {percent(r['accuracy'])}" for k, r in others),
+            ]
+        )
+        when = f"step {step}, {row['count']} samples of each; {best}".removesuffix("; ")
+        self.known.scores = said, when
         if self._live is None:
-            self.echo(f"      evaluated at {self.known.scores}{'; ' + best if best else ''}")
+            self.echo(f"      accuracy {said} ({when})")
         self.refresh(at_once=True)
 
     def _detach(self) -> None:

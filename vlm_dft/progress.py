@@ -11,11 +11,12 @@ from transformers import TrainerCallback
 
 from vlm_dft.boards import Boards
 from vlm_dft.diagnostics import Alarm
+from vlm_dft.evaluations import ANSWERS
 from vlm_dft.live import View
 from vlm_dft.pace import Pace, peak_memory, timing
 from vlm_dft.run_charts import write_charts
 from vlm_dft.runs import write_text
-from vlm_dft.watching import ANSWERS, Watch
+from vlm_dft.watching import Watch
 
 TIMING = "timing"  # of a row: what no second run repeats, to be left out of comparisons
 
@@ -136,7 +137,9 @@ def short(alarm: dict[str, Any]) -> str:
     """An alarm in one line of the view."""
     what = "response tokens" if alarm["kind"] == "all" else f"{alarm['kind']} tokens"
     of = f" of {alarm['source']}" if alarm["source"] else ""
-    return f"starved since step {alarm['step']}: {what}{of}, mean p {alarm['mean_p']:.3f}, {alarm['pull']:.1%} of SFT's pull"
+    return (
+        f"{what}{of} starve since step {alarm['step']}: mean p {alarm['mean_p']:.3f}, pull {alarm['pull']:.1%} of SFT's"
+    )
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

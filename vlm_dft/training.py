@@ -143,7 +143,7 @@ def train_objective(
         if echo is not None:
             for line in finished_lines(finished):
                 echo(f"      {line}")
-        return folder / finished["checkpoint"]
+        return folder / str(finished["checkpoint"])
     last = last_checkpoint(folder)
     arguments = training_arguments_of(config, folder, len(examples))
     if arguments.world_size != config.processes:
@@ -206,7 +206,7 @@ def train_objective(
     if echo is not None and finished["evaluations"]:
         for line in finished_lines(finished):
             echo(f"      {line}")
-    return folder / finished["checkpoint"]
+    return folder / str(finished["checkpoint"])
 
 
 def _watch(config: TrainConfig, processor: Any, folder: Path) -> Watch | None:

@@ -19,6 +19,7 @@ from vlm_dft.benchmarks import score_row
 from vlm_dft.chat import Sample, text_of
 from vlm_dft.collators import ChatCollator
 from vlm_dft.errors import ImageError, ModelError
+from vlm_dft.evaluations import ANSWERS, EVALUATIONS, read_evaluations
 from vlm_dft.generation import answers
 from vlm_dft.media import open_image
 from vlm_dft.metrics import summarise
@@ -26,7 +27,7 @@ from vlm_dft.reporting import percent
 from vlm_dft.runs import write_text
 
 DEFAULT_LIMIT = 32  # samples of each split
-EVALUATIONS, ANSWERS, PICTURES = "evaluations.jsonl", "watch", "pictures"
+PICTURES = "pictures"  # in the folder of the answers
 LONGEST_SIDE = 448  # pixels of a kept picture
 Splits = Mapping[str, Sequence[Sample]]
 Rows = Sequence[Mapping[str, Any]]
@@ -119,8 +120,8 @@ class Watch(TrainerCallback):
         if not state.best_global_step:
             return ""
         since = self._worse_for(state)
-        held = f"; {since} evaluations since, patience {self.patience}" if self.patience and since else ""
-        return f"best on {self.decides}: {percent(state.best_metric)} % at step {state.best_global_step}{held}"
+        held = f", {since} of {self.patience} without improvement" if self.patience and since else ""
+        return f"best {percent(state.best_metric)} at step {state.best_global_step}{held}"
 
     def _check_best(self, state: Any) -> None:
         step = state.best_global_step
@@ -155,41 +156,6 @@ class Watch(TrainerCallback):
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         write_text(folder / f"step-{step}.jsonl", "".join(lines))
         return rows
-
-
-def decided(rows: Sequence[Mapping[str, Any]], patience: int | None = None) -> dict[str, Any]:
-    """What evaluations say: {"decides", "best", "last": {step, score, stderr, count}, "stop": whether patience is at its end}.
-
-    The untrained model is no candidate, and of equals the earlier one is the best. Empty before the first candidate.
-    """
-    candidates = [row for row in rows if row["step"] > 0]
-    if not candidates:
-        return {}
-    best = max(candidates, key=lambda row: (row["score"], -row["step"]))
-    since = sum(row["step"] > best["step"] for row in candidates)
-
-    def told(row: Mapping[str, Any]) -> dict[str, Any]:
-        found = row["splits"][row["decides"].removeprefix("accuracy on ")]
-        return {"step": row["step"], "score": row["score"], "stderr": found["stderr"], "count": found["count"]}
-
-    return {"decides": best["decides"], "best": told(best), "last": told(candidates[-1]), "since_best": since,
-            "stop": patience is not None and since >= patience}  # fmt: skip
-
-
-def read_evaluations(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a run's evaluations.jsonl; a last line that was cut off is left out."""
-    path = folder / EVALUATIONS
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-
-
-def read_watched(folder: Path) -> dict[int, list[dict[str, Any]]]:
-    """{step: rows of watch/step-<k>.jsonl}, in the order of the steps."""
-    found = {int(path.stem[5:]): path for path in (folder / ANSWERS).glob("step-*.jsonl")}
-    return {
-        step: [json.loads(line) for line in found[step].read_text(encoding="utf-8").splitlines()]
-        for step in sorted(found)
-    }
 
 
 def _kept(found: Mapping[str, Any]) -> dict[str, Any]:
