@@ -37,7 +37,7 @@ def training_arguments_of(config: TrainConfig, folder: Path, n_examples: int) ->
         "label_names": ["labels"],
         "report_to": ["tensorboard"],
         "project": "vlm-dft",  # trackio's
-        "run_name": folder.name,
+        "run_name": "-".join(dict.fromkeys([Path(config.output or folder).name, folder.name])),
         "logging_steps": max(1, steps // 100),
         "logging_first_step": True,
         "logging_nan_inf_filter": False,  # a diverged run must not look like a finished one

@@ -12,7 +12,9 @@ ANSWERS = "watch"  # and there step-<k>.jsonl, a row a sample
 
 
 def decided(rows: Sequence[Mapping[str, Any]], patience: int | None = None) -> dict[str, Any]:
-    """What evaluations say: {"decides", "best", "last": {step, score, stderr, count}, "stop": whether patience is at its end}.
+    """What evaluations say: {"decides", "first", "best", "last": {step, score, stderr, count}, "since_best", "stop"}.
+
+    stop: whether patience is at its end.
 
     The untrained model is no candidate, and of equals the earlier one is the best. Empty before the first candidate.
     """
@@ -26,7 +28,7 @@ def decided(rows: Sequence[Mapping[str, Any]], patience: int | None = None) -> d
         found = row["splits"][row["decides"].removeprefix("accuracy on ")]
         return {"step": row["step"], "score": row["score"], "stderr": found["stderr"], "count": found["count"]}
 
-    return {"decides": best["decides"], "best": told(best), "last": told(candidates[-1]), "since_best": since,
+    return {"decides": best["decides"], "first": told(rows[0]), "best": told(best), "last": told(candidates[-1]), "since_best": since,
             "stop": patience is not None and since >= patience}  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,17 +49,19 @@ def finish(config: TrainConfig, folder: Path, steps: int) -> dict[str, Any] | No
     return said
 
 
-def finished_lines(finished: dict[str, Any]) -> list[str]:
+def finished_lines(finished: Mapping[str, Any]) -> list[str]:
     """For a person: why training ended, which checkpoint stands for it, and how far to trust the score that chose it."""
     lines = [f"{finished['reason']}, at step {finished['step']:,} of {finished['steps']:,}"]
     found = finished.get("evaluations")
     if found:
-        best, last = found["best"], found["last"]
-        said = [f"{percent(row['score'], row['stderr'])} % at step {row['step']:,}" for row in (best, last)]
-        lines.append(f"{found['decides']}, {best['count']} samples: best {said[0]}, last {said[1]}")
-    if found and finished["checkpoint"] == f"checkpoint-{found['best']['step']}" and best["step"] != last["step"]:
-        lines.append(
-            f"{finished['checkpoint']} stands for the run. Its score on the samples that chose it is optimistic; the evaluation after "
-            "training asks all samples, those among them."
+        said = ", ".join(
+            f"{name} {percent(row['score'], row['stderr'])} % at step {row['step']:,}"
+            for name, row in ((name, found[name]) for name in ("first", "best", "last"))
         )
+        lines.append(f"{found['decides']}, {found['best']['count']} samples: {said}")
+        best, last = found["best"]["step"], found["last"]["step"]
+        if Path(finished["checkpoint"]).name == f"checkpoint-{best}" and best != last:
+            lines.append(
+                f"checkpoint-{best} stands for the run, not the last one; its score on the samples that chose it is optimistic"
+            )
     return lines

@@ -96,9 +96,7 @@ def _run(plan: Plan, echo: Echo) -> dict[str, Any]:
         at = time.monotonic()
         checkpoint = train_objective(config, objective, examples, plan.folder(objective), echo=echo if first else None)
         finished = (read_finished(plan.folder(objective)) or {}) if first else {}
-        trained[objective] = {"checkpoint": str(checkpoint), "steps": finished.get("step"),
-                              "reason": finished.get("reason"), "evaluations": finished.get("evaluations"),
-                              "seconds": round(time.monotonic() - at, 1)}  # fmt: skip
+        trained[objective] = {**finished, "checkpoint": str(checkpoint), "seconds": round(time.monotonic() - at, 1)}
     leave_engines()
     if not first:
         return {}

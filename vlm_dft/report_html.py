@@ -46,7 +46,7 @@ def render_report(
         _gauge(report),
         _results(report),
         _curves(curves),
-        watch_section(watched or {}, {name: _colour([BASE, *curves], name) for name in curves}),
+        watch_section(watched or {}, report["training"], {name: _colour([BASE, *curves], name) for name in curves}),
         _samples(list(report["runs"]), samples, scores, responses),
         _provenance(report),
     ]
@@ -70,7 +70,7 @@ def _header(report: Mapping[str, Any]) -> str:
         ("Recipe", _recipe_name(report)),
         ("Benchmark", config.get("benchmark")),
         ("Checkpoint", " / ".join(map(_chosen, report["training"].values())).strip(" /") or None),
-        ("Steps", " / ".join(str(row.get("steps")) for row in report["training"].values()) or None),
+        ("Steps", " / ".join(str(row.get("step", row.get("steps"))) for row in report["training"].values()) or None),
         ("Learning rate", config.get("learning_rate")),
         ("Batch size", config.get("batch_size")),
         ("Examples used", report["accounting"].get("used")),
@@ -85,17 +85,12 @@ def _header(report: Mapping[str, Any]) -> str:
 
 
 def _chosen(row: Mapping[str, Any]) -> str:
-    """Which checkpoint stands for a run, and why, where evaluations while training had a say."""
+    """Which checkpoint stands for a run, where evaluations while training had a say."""
     found = row.get("evaluations")
     if not found:
         return ""
-    best, last, reason = found["best"], found["last"], row.get("reason", "")
-    named = str(row.get("checkpoint", "")).endswith(f"checkpoint-{best['step']}")
-    scores = ", ".join(
-        f"{name} {percent(row['score'], row['stderr'])} % at step {row['step']}"
-        for name, row in (("best", best), ("last", last))
-    )
-    return f"{'best' if named else 'last'} ({found['decides']}, {best['count']} samples: {scores}; {reason})"
+    best = found["best"]["step"]
+    return f"{'best' if str(row['checkpoint']).endswith(f'checkpoint-{best}') else 'last'}, step {str(row['checkpoint']).rpartition('-')[2]}"
 
 
 def _said(value: Any) -> str:

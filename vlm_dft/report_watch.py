@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_dft.evaluations import ANSWERS, read_evaluations, read_watched
+from vlm_dft.finishing import finished_lines
 from vlm_dft.report_charts import frame
 from vlm_dft.reporting import percent
 
@@ -18,8 +19,10 @@ SHOWN_SAMPLES, SHOWN_STEPS = 6, 5
 Rows = Sequence[Mapping[str, Any]]
 
 
-def watch_section(folders: Mapping[str, Path], colours: Mapping[str, str]) -> str:
-    """The section of every objective that was evaluated while it trained; folders: {objective: its folder}."""
+def watch_section(
+    folders: Mapping[str, Path], training: Mapping[str, Mapping[str, Any]], colours: Mapping[str, str]
+) -> str:
+    """The section of every objective that was evaluated while it trained; folders: {objective: its folder}; training: the report's."""
     rows = {name: found for name, folder in folders.items() if (found := read_evaluations(folder))}
     if not rows:
         return ""
@@ -27,13 +30,18 @@ def watch_section(folders: Mapping[str, Path], colours: Mapping[str, str]) -> st
     figures = "".join(accuracy_figure(rows, split, colours) for split in splits)
     legend = "".join(f"<span><i class='dot {colours[name]}'></i>{escape(name)}</span>" for name in rows)
     tables = "".join(_table(name, folders[name], len(rows) > 1) for name in rows)
+    said = "".join(
+        f"<p>{f'<b>{escape(name)}</b> ' if len(rows) > 1 else ''}{escape('. '.join(finished_lines(training[name])))}</p>"
+        for name in rows
+        if training[name].get("evaluations")
+    )
     first = next(iter(rows.values()))[0]
     return (
         "<section><h2>Evaluated while training</h2>"
-        f"<div class=legend>{legend if len(rows) > 1 else ''}</div><div class=figures>{figures}</div>"
+        f"{said}<div class=legend>{legend if len(rows) > 1 else ''}</div><div class=figures>{figures}</div>"
         f"<p class=note>Accuracy ± standard error on the first {first['splits'][splits[0]]['count']} samples of each split, before the "
         f"first step and at every evaluation; {escape(first['decides'])} decides which step is the best (ringed), ties going to the "
-        "earlier one. A best score among several is higher than the same model's on other samples: judge by the table above.</p>"
+        "earlier one. A best score among several is higher than the same model's on other samples: judge by the accuracies above.</p>"
         f"{tables}</section>"
     )
 

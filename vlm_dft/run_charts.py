@@ -23,12 +23,16 @@ def write_charts(folder: Path, rows: Rows) -> None:
 
 
 def loss_chart(rows: Rows) -> str:
-    """The objective's loss and the NLL of the same tokens over the steps."""
-    lines = {
-        name: [{"step": row["step"], "value": row[key]} for row in rows if _is_number(row.get(key))]
-        for name, key in (("loss", "loss"), ("NLL", "nll"))
-    }
-    return curves_figure(lines, "value", "loss (blue) and NLL (orange)", {"loss": "c1", "NLL": "c2"})
+    """The objective's loss, and beside it the NLL of the same tokens, over the steps: DFT's loss is far below it."""
+    shown = (("loss", "loss"), ("nll", "NLL of the response tokens"))
+    figures = [curves_figure({title: rows}, key, title, {title: "c1"}) for key, title in shown]
+    figures = [figure for figure in figures if figure]
+    placed = [
+        figure.replace("<svg ", f"<svg x={8 + 336 * k} y=8 width=320 height=190 ", 1)
+        for k, figure in enumerate(figures)
+    ]
+    opening = f"<svg class=curve viewBox='0 0 {336 * len(placed)} 206' role=img aria-label='loss and NLL'>"
+    return f"{opening}{''.join(placed)}</svg>" if placed else ""
 
 
 def p_chart(rows: Rows) -> str:
@@ -45,7 +49,3 @@ def p_chart(rows: Rows) -> str:
         for row in ends
     ]
     return histogram_figure(panels, "p of the response tokens") if panels else ""
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
