@@ -221,6 +221,14 @@ class DFTTrainer(Trainer):
             self.on_activity("saving")
         return found
 
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """Keep the last checkpoint, which says that the run is finished: with save_total_limit = 1 the best would be left alone."""
+        best, self.state.best_model_checkpoint = self.state.best_model_checkpoint, None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.state.best_model_checkpoint = best
+
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)
         return os.path.join(folder, STAGING) if self._staging else folder
