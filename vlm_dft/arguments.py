@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
 
+from vlm_dft.boards import check_boards, prepare_boards
 from vlm_dft.config import TrainConfig
 from vlm_dft.locate import engine_file
 from vlm_dft.models import device_kind
@@ -16,7 +16,7 @@ from vlm_dft.models import device_kind
 def training_arguments_of(config: TrainConfig, folder: Path, n_examples: int) -> TrainingArguments:
     """transformers' arguments of a run: ours, then the config's pass-through, which wins where it is set."""
     steps, gpu = config.steps(n_examples), device_kind() == "cuda"
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
+    prepare_boards(folder)
     ours: dict[str, Any] = {
         "output_dir": str(folder),
         "per_device_train_batch_size": config.micro_batch,
@@ -36,6 +36,8 @@ def training_arguments_of(config: TrainConfig, folder: Path, n_examples: int) ->
         "remove_unused_columns": False,
         "label_names": ["labels"],
         "report_to": ["tensorboard"],
+        "project": "vlm-dft",  # trackio's
+        "run_name": "-".join(dict.fromkeys([Path(config.output or folder).name, folder.name])),
         "logging_steps": max(1, steps // 100),
         "logging_first_step": True,
         "logging_nan_inf_filter": False,  # a diverged run must not look like a finished one
@@ -44,6 +46,9 @@ def training_arguments_of(config: TrainConfig, folder: Path, n_examples: int) ->
         "seed": config.seed,
         "data_seed": config.seed,
         "deepspeed": engine_file(config.engine),
-        "disable_tqdm": True,  # progress.py shows a bar
+        "disable_tqdm": True,  # live.py shows the run
     }
-    return TrainingArguments(**{**ours, **config.trainer})
+    given = dict(config.trainer)
+    if "report_to" in given:
+        given["report_to"] = check_boards(given["report_to"])
+    return TrainingArguments(**{**ours, **given})

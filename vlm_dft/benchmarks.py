@@ -83,7 +83,7 @@ def score_predictions(
             raise RowError(
                 f"{predictions}: {len(ids)} {what}, first {ids[0]!r}. Is it another benchmark's, or unfinished?"
             )
-    rows = [_score_row(sample, found[sample.id], rule) for sample in samples]
+    rows = [score_row(sample, found[sample.id], rule) for sample in samples]
     write_text(scores, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return rows
 
@@ -127,7 +127,8 @@ def _value(row: Mapping[str, Any], column: str, where: str) -> Any:
     return row[column]
 
 
-def _score_row(sample: Sample, prediction: Mapping[str, Any], rule: str) -> dict[str, Any]:
+def score_row(sample: Sample, prediction: Mapping[str, Any], rule: str = "official") -> dict[str, Any]:
+    """A row of scores.jsonl, from a sample and its row of predictions.jsonl."""
     score = score_response(prediction["response"], sample.record, benchmark=sample.record["scorer"], rule=rule)
     return {
         "id": sample.id, "benchmark": sample.benchmark, "split": sample.split, "groups": sample.groups,

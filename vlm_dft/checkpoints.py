@@ -41,8 +41,11 @@ def seal(aside: Path, place: Path, *, step: int, processes: int) -> None:
     _sync(place.parent)
 
 
-def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, in words; None: it is whole, every file of the size and hash that was written."""
+def damage(checkpoint: Path, *, contents: bool = True) -> str | None:
+    """What is wrong with a checkpoint, in words; None: it is whole, every file of the size and hash that was written.
+
+    contents: read every file for its hash; sizes alone are told at once.
+    """
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         files: dict[str, dict[str, Any]] = manifest["files"]
@@ -56,17 +59,17 @@ def damage(checkpoint: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != expected["bytes"]:
             return f"{name} has {path.stat().st_size:,} bytes, expected {expected['bytes']:,}"
-    for name, found in _described(checkpoint).items():
+    for name, found in _described(checkpoint).items() if contents else ():
         if name in files and found["sha256"] != files[name]["sha256"]:
             return f"the contents of {name} have changed (sha256)"
     return None
 
 
-def newest_whole(run: Path) -> tuple[Path | None, list[str]]:
+def newest_whole(run: Path, *, contents: bool = True) -> tuple[Path | None, list[str]]:
     """(newest whole checkpoint-<step> of a run folder or None, a line on each newer one that is passed over)."""
     passed_over: list[str] = []
     for checkpoint in reversed(_by_step(run)):
-        wrong = damage(checkpoint)
+        wrong = damage(checkpoint, contents=contents)
         if wrong is None:
             return checkpoint, passed_over
         passed_over.append(f"passing over {checkpoint}: {wrong}")

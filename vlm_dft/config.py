@@ -122,8 +122,8 @@ OWNED_BY_US = {  # HF name -> ours: two names for one setting would contradict e
     "fp16": "precision", "remove_unused_columns": "nothing: the collator needs every column", "data_seed": "seed",
     "label_smoothing_factor": "nothing: smoothed labels are not DFT",
     "gradient_checkpointing": "activation_checkpointing", "save_strategy": "save_steps",
-    "eval_strategy": "nothing: the run is evaluated when it is trained", "load_best_model_at_end": "nothing: the last is kept",
     "save_only_model": "nothing: a checkpoint without the optimiser's state cannot be continued",
+    "eval_strategy": "evaluate_every", "load_best_model_at_end": "keep_best", "metric_for_best_model": "keep_best",
     "dataloader_drop_last": "nothing: every row is used", "use_cpu": "nothing: a GPU is used where there is one",
 }  # fmt: skip
 
@@ -203,6 +203,14 @@ def _check(config: TrainConfig) -> None:
             "kl without LoRA keeps a whole copy of the starting model, which no engine shards. Use LORA=RANK (the "
             "reference is then the model without its adapters), or leave out engine."
         )
+    watched = [name for name in ("watch_limit", "keep_best", "patience") if config.evaluation.get(name)]
+    if watched and not config.evaluation.get("evaluate_every"):
+        raise ConfigError(
+            f"{watched[0]} = {config.evaluation[watched[0]]} is about evaluations while training, but there are none. "
+            "Add evaluate_every = STEPS, or leave it out."
+        )
+    if config.evaluation.get("evaluate_every") and config.benchmark == "none":
+        raise ConfigError("evaluate_every needs a benchmark, found benchmark = none. Name one, or leave it out.")
     if not config.lora and not config.train_parts:
         raise ConfigError(f"train_parts: expected some of {', '.join(PARTS)}, found none.")
     if config.precision not in PRECISIONS:

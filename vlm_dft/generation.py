@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlm_dft.bars import Bar
 from vlm_dft.chat import Sample
 from vlm_dft.collators import ChatCollator
 from vlm_dft.errors import ConfigError, ImageError
@@ -56,9 +57,7 @@ def generate(
                 answers = _answer(model, collator, [samples[k] for k in batch], limit)
             for k, answer in zip(batch, answers, strict=True):
                 if k in missing:
-                    sample = samples[k]
-                    row = {"id": sample.id, "benchmark": sample.benchmark, "split": sample.split, **answer}
-                    done[sample.id] = row
+                    row = done[samples[k].id] = _row(samples[k], answer)
                     file.write(_line(row))
             file.flush()
     rows = [done[sample.id] for sample in samples]
@@ -66,8 +65,41 @@ def generate(
     return rows
 
 
-@torch.inference_mode()
-def _answer(model: Any, collator: ChatCollator, samples: Sequence[Sample], limit: int) -> list[dict[str, Any]]:
+def answers(
+    model: Any,
+    collator: ChatCollator,
+    samples: Sequence[Sample],
+    *,
+    max_new_tokens: int | None = None,
+    batch_size: int = 32,
+    together: bool = False,
+    on_batch: Callable[[int], Any] = lambda done: None,
+) -> list[dict[str, Any]]:
+    """The rows that `generate` would write, for a model in memory, in the samples' order; nothing is written.
+
+    together: every process answers the same samples, since their engine gathers the weights of a layer when all ask for it.
+    on_batch: called with the number of samples that are answered.
+    """
+    if not samples:
+        return []
+    limit = max_new_tokens or max(int(sample.record["max_new_tokens"]) for sample in samples)
+    found: dict[int, dict[str, Any]] = {}
+    for batch in _batches(samples, [collator.prompt_text(sample) for sample in samples], batch_size, None):
+        with _few_threads(model):
+            rows = _answer(model, collator, [samples[k] for k in batch], limit, together=together)
+        found |= {k: _row(samples[k], row) for k, row in zip(batch, rows, strict=True)}
+        on_batch(len(found))
+    return [found[k] for k in range(len(samples))]
+
+
+def _row(sample: Sample, answer: dict[str, Any]) -> dict[str, Any]:
+    return {"id": sample.id, "benchmark": sample.benchmark, "split": sample.split, **answer}
+
+
+@torch.no_grad()  # not inference_mode: an engine that gathers weights in it could not train with them afterwards
+def _answer(
+    model: Any, collator: ChatCollator, samples: Sequence[Sample], limit: int, *, together: bool = False
+) -> list[dict[str, Any]]:
     from transformers import GenerationConfig
 
     processor, inputs = collator.processor, collator.prompts(samples)
@@ -82,7 +114,7 @@ def _answer(model: Any, collator: ChatCollator, samples: Sequence[Sample], limit
     was_training = model.training
     model.eval()
     try:
-        output = model.generate(**moved, generation_config=greedy)
+        output = model.generate(**moved, generation_config=greedy, synced_gpus=together)
     finally:
         model.train(was_training)
     width = moved["input_ids"].shape[1]
@@ -122,11 +154,8 @@ def _read_answer(ids: list[int], ends: Sequence[int], processor: Any) -> dict[st
 
 def _batches(samples: Sequence[Sample], prompts: Sequence[str], size: int, title: str | None) -> Iterator[list[int]]:
     """Indices of samples, longest prompts first, cut into batches of all samples: a resumed run makes the same ones."""
-    from tqdm import tqdm
-
     order = sorted(range(len(samples)), key=lambda k: (-_cost(samples[k], prompts[k]), k))
-    bar = tqdm(total=len(samples), desc=f"      {title}", unit="sample", disable=title is None)
-    with bar:
+    with Bar(len(samples), title) as bar:
         for start in range(0, len(order), size):
             yield order[start : start + size]
             bar.update(len(order[start : start + size]))

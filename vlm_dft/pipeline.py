@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import yaml
 
+from vlm_dft.bars import Bar
 from vlm_dft.benchmarks import load_benchmark, score_predictions
 from vlm_dft.cards import nearest
 from vlm_dft.chat import Example, Sample
@@ -23,6 +24,7 @@ from vlm_dft.collators import ChatCollator
 from vlm_dft.config import TrainConfig
 from vlm_dft.errors import ConfigError, RowError
 from vlm_dft.explain import mask_report
+from vlm_dft.finishing import read_finished
 from vlm_dft.fitting import fit
 from vlm_dft.generation import generate
 from vlm_dft.kinds import MEANING
@@ -82,8 +84,8 @@ def _run(plan: Plan, first: bool, echo: Echo) -> dict[str, Any]:
         checkpoint = train_objective(
             config, objective, examples, plan.folder(objective), lengths=account.lengths, echo=echo if first else None
         )
-        trained[objective] = {"checkpoint": str(checkpoint), "steps": config.steps(len(examples)),
-                              "seconds": round(time.monotonic() - at, 1)}  # fmt: skip
+        finished = (read_finished(plan.folder(objective)) or {}) if first else {}
+        trained[objective] = {**finished, "checkpoint": str(checkpoint), "seconds": round(time.monotonic() - at, 1)}
     leave_engines()
     if not first:
         return {}
@@ -259,6 +261,7 @@ def _evaluate_all(
         accounting=account.as_dict(),
         samples=splits,
         folders={"base": output / "base", **{o: plan.folder(o) for o in trained}},
+        watched={o: plan.folder(o) for o in trained},
     )
 
 
@@ -309,8 +312,7 @@ def _account_line(account: Accounting) -> str:
 
 
 def _bar(items: Sequence[Example], title: str) -> Iterable[Example]:
-    from tqdm import tqdm
-
-    return tqdm(
-        items, desc=f"      {title}", leave=False, disable=len(items) < 1000 or int(os.environ.get("RANK", "0")) > 0
-    )
+    with Bar(len(items), title if len(items) >= 1000 else None, "row") as bar:
+        for item in items:
+            yield item
+            bar.update()

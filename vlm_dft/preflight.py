@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_dft.benchmarks import read_benchmark
+from vlm_dft.boards import check_boards
 from vlm_dft.config import TrainConfig
 from vlm_dft.errors import CardError, ConfigError
 from vlm_dft.locate import engine_file, resolve_model
@@ -40,6 +41,11 @@ def check_run(config: TrainConfig, *, dry_run: bool = False) -> Plan:
     recipe = read_recipe(config.recipe)
     name = config.benchmark if config.benchmark is not None else recipe.get("benchmark")
     benchmark = None if name in (None, "none") else read_benchmark(str(name))
+    if benchmark is None and config.evaluation.get("evaluate_every"):
+        raise ConfigError(
+            f"evaluate_every needs a benchmark, and recipe {config.recipe!r} names none. Add benchmark = NAME, or leave it out."
+        )
+    check_boards(config.trainer.get("report_to", "tensorboard"))
     world = int(os.environ.get("WORLD_SIZE", "1"))
     config = replace(config, output=config.output or default_output(config), benchmark=str(name) if name else "none")
     if dry_run:

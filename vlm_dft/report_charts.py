@@ -58,36 +58,60 @@ def curves_figure(curves: Mapping[str, Rows], key: str, title: str, colours: Map
     points = [point for line in lines.values() for point in line]
     if not points:
         return ""
-    width, height, left, top, bottom = 320, 190, 46, 24, 26
     last = max(max(step for step, _ in points), 1)
-    ticks = _ticks(min(0.0, min(v for _, v in points)), max(v for _, v in points))
-    low, high = ticks[0], ticks[-1]
-
-    def place(step: float, value: float) -> tuple[float, float]:
-        x = left + step / last * (width - left - 10)
-        return x, top + (high - value) / (high - low) * (height - top - bottom)
-
-    parts = [f"<text class=title x=0 y=12>{escape(title)}</text>"]
-    for tick in ticks:
-        _, y = place(0, tick)
-        parts.append(f"<line class=grid x1={left} x2={width - 10} y1={y:.1f} y2={y:.1f} />")
-        parts.append(f"<text class=tick x={left - 5} y={y + 4:.1f} text-anchor=end>{tick:g}</text>")
-    for step in (0, last):
-        parts.append(
-            f"<text class=tick x={place(step, low)[0]:.1f} y={height - 8} "
-            f"text-anchor={'start' if step == 0 else 'end'}>{step}</text>"
-        )
-    parts.append(f"<text class=tick x={(left + width - 10) / 2} y={height - 8} text-anchor=middle>step</text>")
+    figure = frame(title, last, (min(0.0, min(v for _, v in points)), max(v for _, v in points)))
     for name, line in lines.items():
-        places = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in line))
+        places = " ".join(f"{x:.1f},{y:.1f}" for x, y in (figure.place(*point) for point in line))
         if len(line) > 1:
-            parts.append(
+            figure.add(
                 f"<polyline class='line {colours[name]}' points='{places}'><title>{escape(name)}</title></polyline>"
             )
         elif line:
-            x, y = place(*line[0])
-            parts.append(f"<circle class={colours[name]} cx={x:.1f} cy={y:.1f} r=3 />")
-    return _svg(width, height, title, parts, kind="curve")
+            x, y = figure.place(*line[0])
+            figure.add(f"<circle class={colours[name]} cx={x:.1f} cy={y:.1f} r=3 />")
+    return figure.svg()
+
+
+class Frame:
+    """A figure with axes: steps from 0 to `last`, values between its lowest and highest tick."""
+
+    width, height, left, top, bottom = 320, 190, 46, 24, 26
+
+    def __init__(self, title: str, last: float, ticks: Sequence[float]) -> None:
+        self.title, self.last, self.low, self.high = title, last, ticks[0], ticks[-1]
+        self.parts = [f"<text class=title x=0 y=12>{escape(title)}</text>"]
+
+    def place(self, step: float, value: float) -> tuple[float, float]:
+        """x and y."""
+        x = self.left + step / self.last * (self.width - self.left - 10)
+        share = (self.high - value) / (self.high - self.low)
+        return x, self.top + share * (self.height - self.top - self.bottom)
+
+    def add(self, part: str) -> None:
+        """One more element."""
+        self.parts.append(part)
+
+    def svg(self) -> str:
+        """The whole figure."""
+        return _svg(self.width, self.height, self.title, self.parts, kind="curve")
+
+
+def frame(title: str, last: float, values: tuple[float, float], *, percents: bool = False) -> Frame:
+    """Axes for steps up to `last` and values from low to high."""
+    ticks = _ticks(*values)
+    figure = Frame(title, max(last, 1), ticks)
+    right = figure.width - 10
+    for tick in ticks:
+        _, y = figure.place(0, tick)
+        said = f"{tick:.0%}" if percents else f"{tick:g}"
+        figure.add(f"<line class=grid x1={figure.left} x2={right} y1={y:.1f} y2={y:.1f} />")
+        figure.add(f"<text class=tick x={figure.left - 5} y={y + 4:.1f} text-anchor=end>{said}</text>")
+    for step in (0, figure.last):
+        x, anchor = figure.place(step, ticks[0])[0], "start" if step == 0 else "end"
+        figure.add(f"<text class=tick x={x:.1f} y={figure.height - 8} text-anchor={anchor}>{step}</text>")
+    x = (figure.left + right) / 2
+    figure.add(f"<text class=tick x={x} y={figure.height - 8} text-anchor=middle>step</text>")
+    return figure
 
 
 def gauge_figure(low: float, high: float) -> str:

@@ -7,6 +7,7 @@ import io
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from vlm_dft.chat import Sample, text_of
@@ -14,6 +15,7 @@ from vlm_dft.errors import ImageError
 from vlm_dft.media import open_image
 from vlm_dft.report_charts import bars, curves_figure, gauge_figure, moving_histogram
 from vlm_dft.report_style import SCRIPT, STYLE
+from vlm_dft.report_watch import watch_section
 from vlm_dft.reporting import BASE, find_comparison, percent, table_rows
 
 SHOWN_SAMPLES = 12
@@ -36,13 +38,15 @@ def render_report(
     samples: Sequence[Sample],
     scores: Mapping[str, Rows],
     responses: Mapping[str, Rows],
+    watched: Mapping[str, Path] | None = None,
 ) -> str:
-    """The whole page. Every text from data, models or cards is escaped."""
+    """The whole page; watched: {objective: the folder of its evaluations while training}. Every text from data, models or cards is escaped."""
     sections = [
         _header(report),
         _gauge(report),
         _results(report),
         _curves(curves),
+        watch_section(watched or {}, report["training"], {name: _colour([BASE, *curves], name) for name in curves}),
         _samples(list(report["runs"]), samples, scores, responses),
         _provenance(report),
     ]
@@ -65,7 +69,8 @@ def _header(report: Mapping[str, Any]) -> str:
         ("By source", _said((config.get("collator") or {}).get("source_objectives"))),
         ("Recipe", _recipe_name(report)),
         ("Benchmark", config.get("benchmark")),
-        ("Steps", " / ".join(str(row.get("steps")) for row in report["training"].values()) or None),
+        ("Checkpoint", " / ".join(map(_chosen, report["training"].values())).strip(" /") or None),
+        ("Steps", " / ".join(str(row.get("step", row.get("steps"))) for row in report["training"].values()) or None),
         ("Learning rate", config.get("learning_rate")),
         ("Batch size", config.get("batch_size")),
         ("Examples used", report["accounting"].get("used")),
@@ -77,6 +82,15 @@ def _header(report: Mapping[str, Any]) -> str:
     about = escape(str(recipe.get("description") or "").strip())
     heading = f"{escape(_recipe_name(report))} <span>{escape(' and '.join(report['training']))}</span>"
     return f"<header><h1>{heading}</h1><p>{about}</p><dl class=facts>{items}</dl></header>"
+
+
+def _chosen(row: Mapping[str, Any]) -> str:
+    """Which checkpoint stands for a run, where evaluations while training had a say."""
+    found = row.get("evaluations")
+    if not found:
+        return ""
+    best = found["best"]["step"]
+    return f"{'best' if str(row['checkpoint']).endswith(f'checkpoint-{best}') else 'last'}, step {str(row['checkpoint']).rpartition('-')[2]}"
 
 
 def _said(value: Any) -> str:

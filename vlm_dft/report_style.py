@@ -44,6 +44,8 @@ thead th{color:var(--soft);font-weight:500;border-bottom:1px solid var(--line)}
 tr.whole>*{font-weight:650;border-top:1px solid var(--line)}tr.part th{font-weight:400;padding-left:28px}
 td.up{color:var(--good)}td.down{color:var(--bad)}td.flat{color:var(--soft)}
 .plain td{text-align:left;white-space:normal;overflow-wrap:anywhere}.plain th{font-weight:500;color:var(--soft)}
+.watch td,.watch th{text-align:left;white-space:normal;vertical-align:top;overflow-wrap:anywhere}.watch img{width:110px;height:auto;
+border-radius:4px;background:#fff;display:block}.watch small{color:var(--soft)}h3{font-size:15px;margin:16px 0 0}
 summary{cursor:pointer}
 .filter{display:flex;flex-wrap:wrap;gap:8px;margin:12px 0 16px}button{font:inherit;font-size:13px;padding:4px 12px;
 border-radius:999px;border:1px solid var(--line);background:none;color:inherit;cursor:pointer}

@@ -28,13 +28,14 @@ def write_report(
     accounting: Mapping[str, Any] | None = None,
     samples: Mapping[str, Sequence[Sample]] | None = None,
     folders: Mapping[str, Path] | None = None,
+    watched: Mapping[str, Path] | None = None,
 ) -> dict[str, Any]:
     """Write report.html and then report.json into `output`; return the latter.
 
     runs: {run: metrics.summarise(...)}, the untrained model under "base".
     training: {objective: {"checkpoint", "steps", "metrics": rows of metrics.jsonl}}. gauge: diagnostics.gauge(...).
     samples: {split: [...]}. folders: {run: the folder of its predictions.jsonl and scores.jsonl}; without them there
-    are no comparisons, and no samples in the page.
+    are no comparisons, and no samples in the page. watched: {objective: the folder of its evaluations while training}.
     """
     from vlm_dft.report_html import render_report
 
@@ -54,7 +55,8 @@ def write_report(
     curves = {name: list(row.get("metrics") or []) for name, row in training.items()}
     flat = [sample for split in (samples or {}).values() for sample in split]
     write_text(
-        output / "report.html", render_report(report, curves=curves, samples=flat, scores=scores, responses=responses)
+        output / "report.html",
+        render_report(report, curves=curves, samples=flat, scores=scores, responses=responses, watched=watched),
     )
     write_json(output / "report.json", report)
     return report

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 
 from vlm_dft.checkpoints import STAGING, CheckpointError, expected_bytes, failed, newest_whole, rotate, seal
 from vlm_dft.config import OWN_STRATEGIES
@@ -45,6 +46,8 @@ class DFTTrainer(Trainer):
     tokens (kinds.KINDS) with w = 1 whatever the objective. sources: ChatCollator's `tag_sources`, for the diagnostics.
     lengths: tokens of each example, if they are known: the examples of a step are then dealt to micro-batches and processes
     by length. on_alarm: called on the first process with what starves (diagnostics.Alarm), also collected in `alarms`.
+    on_activity: called with "training", "evaluating" and "saving" when one of them begins.
+    `watch`: what evaluates while training (watching.Watch), in place of the stock evaluation of a loss.
 
     A step has the examples of plain seeded shuffling whatever the split, the last of an epoch too: no example is drawn twice
     or left out, by any map-style data set and collator (order.py). An IterableDataset is for one process.
@@ -66,6 +69,7 @@ class DFTTrainer(Trainer):
         sources: Sequence[str] = (),
         lengths: Sequence[int] | None = None,
         on_alarm: Callable[[Alarm], Any] = lambda alarm: LOGGER.warning(alarm.message),
+        on_activity: Callable[[str], Any] = lambda what: None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -95,11 +99,14 @@ class DFTTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # so that the supervised tokens of the step are counted
         self.diagnostics, self.alarms = TokenDiagnostics(sources), list[Alarm]()
         self._starvation, self._on_alarm = StarvationAlarms(sources), on_alarm
+        self.on_activity = on_activity
+        self.watch: Any = None
         self._staging = False
         self._resumed: str | None = None  # the checkpoint that `train` goes on from
         self._norms: list[Any] = []  # gradient norms since the last log
         self._normed_at = -1  # step of the last one
         self._media: Tensor | None = None  # supervised media tokens since the last log; None: not counted
+        self._inputs: Tensor | None = None  # all tokens since the last log, padding left out
         self._samples: list[Tensor] = []  # mean NLLs of this step's samples
         self._moments, self._moments_step = [0.0, 0.0, 0.0], -1  # count, sum, sum of squares, before which step
         self.add_callback(_Window(self))
@@ -205,6 +212,9 @@ class DFTTrainer(Trainer):
         if model.training:
             own = (None if tags is None else tags[:, 1:][rows] for tags in (kinds, sources))
             self.diagnostics.add(outputs, *own)
+            mask = inputs.get("attention_mask")
+            count = torch.tensor(labels.numel(), device=labels.device) if mask is None else mask.sum()
+            self._inputs = count if self._inputs is None else self._inputs + count
             types = inputs.get("mm_token_type_ids")
             if types is not None:
                 count = ((types > 0) & (labels != IGNORE)).sum()
@@ -252,6 +262,8 @@ class DFTTrainer(Trainer):
                 limit = self.args.max_grad_norm
                 clipped = [float(norm) > limit for norm in self._norms] if limit else []
                 found |= {"clip_rate": sum(clipped) / len(clipped)} if clipped else {}
+                if self._inputs is not None:
+                    found["input_tokens"] = int(self.accelerator.reduce(self._inputs, "sum"))
                 if self._media is not None:
                     found["supervised_media_tokens"] = int(self.accelerator.reduce(self._media, "sum"))
                 logs = {**logs, **found}
@@ -260,7 +272,7 @@ class DFTTrainer(Trainer):
                     if self.accelerator.is_main_process:
                         self._on_alarm(alarm)
             self._norms.clear()
-            self._media = None
+            self._media = self._inputs = None
             if not math.isfinite(logs["loss"]) or math.isnan(logs.get("nll", 0.0)):
                 raise ModelError(
                     f"The loss is {logs['loss']} (NLL {logs.get('nll', math.nan)}) at step {self.state.global_step}: the model has "
@@ -274,7 +286,30 @@ class DFTTrainer(Trainer):
         ):  # an epoch's end tells its last step's again
             self._norms.append(grad_norm)
             self._normed_at = self.state.global_step
+        pause = "evaluating" if self.control.should_evaluate else "saving" if self.control.should_save else None
+        if pause:
+            self.on_activity(pause)
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+        if pause:
+            self.on_activity("training")
+
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
+        if self.watch is None:
+            found: dict[str, float] = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+            return found
+        found = self.watch.evaluate(self)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
+        if self.control.should_save:
+            self.on_activity("saving")
+        return found
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """Keep the last checkpoint, which says that the run is finished: with save_total_limit = 1 the best would be left alone."""
+        best, self.state.best_model_checkpoint = self.state.best_model_checkpoint, None
+        try:
+            return super()._finalize_training(*args, **kwargs)  # type: ignore[no-untyped-call]
+        finally:
+            self.state.best_model_checkpoint = best
 
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)
@@ -300,10 +335,14 @@ class DFTTrainer(Trainer):
         finally:
             self._staging = False
         self._all_saved(wrong, run)  # and everyone's files are there
+        if best := self.state.best_global_step:  # the stock Trainer names the folder it was written to, not its place
+            self.state.best_model_checkpoint = str(run / f"checkpoint-{best}")
         if self.args.should_save:
             try:
                 state = {"moments": self._moments, "starvation": self._starvation.state()}
                 write_json(aside / STATE, state)
+                if self.state.best_global_step:
+                    self.state.save_to_json(str(aside / TRAINER_STATE_NAME))
                 seal(aside, run / aside.name, step=step, processes=self.args.world_size)
             except OSError as error:
                 wrong = error
@@ -311,14 +350,6 @@ class DFTTrainer(Trainer):
         if self.args.should_save:
             rotate(run / aside.name, self.args.save_total_limit, protected=[self.state.best_model_checkpoint])
         self.accelerator.wait_for_everyone()
-
-    def _finalize_training(self, *args: Any) -> Any:
-        """As it is, except that the last checkpoint is not deleted where another one is the best (save_total_limit = 1)."""
-        best, self.state.best_model_checkpoint = self.state.best_model_checkpoint, None
-        try:
-            return super()._finalize_training(*args)  # type: ignore[no-untyped-call]
-        finally:
-            self.state.best_model_checkpoint = best
 
     def _all_saved(self, wrong: Exception | None, run: Path) -> None:
         """Wait until every process has saved its share. Raises CheckpointError where one could not."""

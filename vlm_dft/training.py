@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,16 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from vlm_dft.arguments import training_arguments_of
+from vlm_dft.benchmarks import load_benchmark
+from vlm_dft.boards import Boards
 from vlm_dft.chat import Example
 from vlm_dft.checkpoints import check_room, expected_bytes, newest_whole
 from vlm_dft.collators import ChatCollator
 from vlm_dft.config import TrainConfig
 from vlm_dft.errors import ModelError
 from vlm_dft.families import find_family, part_of
+from vlm_dft.finishing import finish, finished_lines, read_finished
+from vlm_dft.live import Known, View
 from vlm_dft.loss_head import Kl, attach_loss, check_loss
 from vlm_dft.models import (
     add_lora,
@@ -30,12 +35,14 @@ from vlm_dft.models import (
     load_processor,
     part_table,
 )
+from vlm_dft.pace import Pace
 from vlm_dft.progress import Metrics
 from vlm_dft.runs import sweep
 from vlm_dft.segment_attention import check_packing, use_segment_attention
 from vlm_dft.sources import MediaAccess
 from vlm_dft.stopping import StopOnSignal, Stopped
 from vlm_dft.trainer import DFTTrainer
+from vlm_dft.watching import DEFAULT_LIMIT, Watch
 
 
 class _Rows(Dataset[Example]):
@@ -164,10 +171,14 @@ def train_objective(
     folder.mkdir(parents=True, exist_ok=True)
     if int(os.environ.get("RANK", "0")) == 0:
         sweep(folder)
-    final = folder / f"checkpoint-{config.steps(len(examples))}"
+    steps = config.steps(len(examples))
+    finished = read_finished(folder) or finish(config, folder, steps)
+    if finished is not None and finished["steps"] == steps:
+        if echo is not None:
+            for line in finished_lines(finished):
+                echo(f"      {line}")
+        return folder / str(finished["checkpoint"])
     last, passed_over = newest_whole(folder)
-    if last == final:
-        return final
     arguments = training_arguments_of(config, folder, len(examples))
     if arguments.world_size != config.processes:
         raise ModelError(
@@ -201,7 +212,12 @@ def train_objective(
     if warning and echo is not None:
         echo(f"      {warning}")
     stop = StopOnSignal()
-    metrics = Metrics(folder / "metrics.jsonl", f"      {objective}", echo is not None)
+    view = None
+    if echo is not None:
+        known = Known(f"{objective} on {Path(config.recipe).stem}, {Path(config.model).name}", steps)
+        view = View(known, echo)
+    metrics = Metrics(folder / "metrics.jsonl", Pace(_pauses(config, arguments)), view)
+    watch = _watch(config, processor, folder)
     trainer = DFTTrainer(
         model=model,
         args=arguments,
@@ -213,23 +229,63 @@ def train_objective(
         sources=sources,
         lengths=lengths,
         on_alarm=metrics.say,
-        callbacks=[stop, metrics, _Loss(collator), *([_Packing(collator)] if collator.packing else [])],
+        on_activity=metrics.now,
+        callbacks=[
+            stop,
+            _Loss(collator),
+            *([_Packing(collator)] if collator.packing else []),
+            *([watch] if watch else []),
+        ],
     )
+    trainer.callback_handler.callbacks.insert(0, metrics)  # before the loggers, which get the speed that it measures
     metrics.alarms = trainer.alarms
+    metrics.boards = Boards(trainer.callback_handler.callbacks)
+    if watch is not None:
+        metrics.watches(watch)
+        watch.trainer, trainer.watch = trainer, watch
     trainer.remove_callback(PrinterCallback)
     try:
-        trainer.train(resume_from_checkpoint=str(last) if last else None)
+        with view.shown() if view is not None else nullcontext():
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
     finally:
         stop.restore()
+        metrics.boards.close()
+    finished = finish(config, folder, steps)
     reached = folder / f"checkpoint-{trainer.state.global_step}"
-    if stop.received and reached != final:
+    if finished is None and stop.received:
         name = signal.Signals(stop.received).name
         raise Stopped(f"Stopped by {name}; {reached} is saved. The same command continues from it.", stop.received)
-    if reached != final or not final.is_dir():
+    if finished is None:
         raise ModelError(
-            f"Training ended at {reached}, expected {final.name}. Is max_steps or save_strategy overridden?"
+            f"Training ended at {reached}, expected checkpoint-{steps}. Is max_steps or save_strategy overridden?"
         )
-    return final
+    if echo is not None and finished["evaluations"]:
+        for line in finished_lines(finished):
+            echo(f"      {line}")
+    return folder / str(finished["checkpoint"])
+
+
+def _watch(config: TrainConfig, processor: Any, folder: Path) -> Watch | None:
+    """What evaluates while training, if the config says so. It asks as the evaluation after training does."""
+    settings = config.evaluation
+    if not settings.get("evaluate_every"):
+        return None
+    splits = load_benchmark(str(config.benchmark), config.data, limit=settings.get("watch_limit", DEFAULT_LIMIT))
+    return Watch(
+        splits, make_collator(processor, config, packing=False), folder, every=settings["evaluate_every"],
+        keep_best=bool(settings.get("keep_best")), patience=settings.get("patience"),
+    )  # fmt: skip
+
+
+def _pauses(config: TrainConfig, arguments: Any) -> dict[str, int]:
+    """Steps between two savings and two evaluations."""
+    found = {"saving": int(arguments.save_steps)}
+    if every := config.evaluation.get("evaluate_every"):
+        found = {
+            "evaluating": every,
+            "saving": min(every, found["saving"]) if config.evaluation.get("keep_best") else found["saving"],
+        }
+    return found
 
 
 def _agreed(last: Path | None, arguments: Any) -> Path | None:
