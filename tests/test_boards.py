@@ -81,6 +81,8 @@ def test_trackio_gets_the_same_offline(drawn: list[Any], tmp_path: Path, monkeyp
     numbers = [row for row in logged if "train/nll" in row]
     assert [row["train/nll"] for row in numbers] == pytest.approx([row["nll"] for row in rows])
     assert sum("train/p" in row for row in logged) == 3 and sum("eval/answers" in row for row in logged) == 2
+    (first, *_) = next(row["eval/answers"] for row in logged if "eval/answers" in row)["_value"]
+    assert list(first) == ["picture", "split", "question", "gold", "response", "right"] and first["split"] == "test"
 
 
 @needs("wandb")

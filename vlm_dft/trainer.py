@@ -225,7 +225,7 @@ class DFTTrainer(Trainer):
         """Keep the last checkpoint, which says that the run is finished: with save_total_limit = 1 the best would be left alone."""
         best, self.state.best_model_checkpoint = self.state.best_model_checkpoint, None
         try:
-            return super()._finalize_training(*args, **kwargs)
+            return super()._finalize_training(*args, **kwargs)  # type: ignore[no-untyped-call]
         finally:
             self.state.best_model_checkpoint = best
 

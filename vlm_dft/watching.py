@@ -46,7 +46,7 @@ class Watch(TrainerCallback):
 
     def __init__(
         self, splits: Splits, collator: ChatCollator, folder: Path, *, every: int, keep_best: bool = False,
-        patience: int | None = None, batch_size: int = 32, on_scored: Scored = lambda step, splits, best, rows: None,
+        patience: int | None = None, batch_size: int = 16, on_scored: Scored = lambda step, splits, best, rows: None,
     ) -> None:  # fmt: skip
         self.samples = [sample for split in splits.values() for sample in split]
         self.collator, self.folder, self.every = collator, folder, every
