@@ -247,10 +247,7 @@ class DFTTrainer(Trainer):
         if self.cadft:
             self._update_moments()
         self.accelerator.wait_for_everyone()
-        if (
-            self.state.best_global_step
-        ):  # the stock Trainer names the folder that the best one was written to, not its place
-            self.state.best_model_checkpoint = str(folder / f"checkpoint-{self.state.best_global_step}")
+        self._name_best(folder, name)
         if self.args.should_save:
             if self.state.best_global_step:
                 self.state.save_to_json(str(folder / STAGING / name / TRAINER_STATE_NAME))
@@ -266,6 +263,12 @@ class DFTTrainer(Trainer):
                 best_model_checkpoint=self.state.best_model_checkpoint,
             )
         self.accelerator.wait_for_everyone()
+
+    def _name_best(self, folder: Path, name: str) -> None:
+        """The best checkpoint, which rotation spares, by its place: the stock Trainer names the folder it was written to."""
+        best = folder / f"checkpoint-{self.state.best_global_step}"
+        kept = (self.watch is None or self.watch.keep_best) and (best.name == name or best.is_dir())
+        self.state.best_model_checkpoint = str(best) if kept else None
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Load weights by the model's own from_pretrained: on disk Qwen2.5-VL has other key names than in memory."""

@@ -79,7 +79,6 @@ class Watch(TrainerCallback):
         better = state.global_step > 0 and (state.best_metric is None or score > state.best_metric)
         if better:
             state.best_metric, state.best_global_step = score, state.global_step
-            state.best_model_checkpoint = str(self.folder / f"checkpoint-{state.global_step}")
         if self._worse_for(state) >= (self.patience or float("inf")) and state.global_step < state.max_steps:
             trainer.control.should_training_stop = trainer.control.should_save = True
         if trainer.is_world_process_zero():
