@@ -105,8 +105,9 @@ def test_the_time_left_counts_neither_the_slow_first_step_nor_the_pauses_of_befo
     assert pace.left() == 19 * 60.0  # nothing better is known yet
     steps(pace, clock, *[2.0] * 9)
     assert pace.left() == 10 * 2.0
-    pace.now("saving")
-    clock.at += 30.0
+    for _ in range(3):  # told how far it is
+        pace.now("saving")
+        clock.at += 10.0
     pace.now("training")
     assert pace.seconds_per_step() == 2.0 and pace.trained() == 60.0 + 18.0
     assert pace.left() == 10 * 2.0 + 30.0  # one more save, as long as the one before

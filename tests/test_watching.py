@@ -127,6 +127,8 @@ def test_a_run_without_improvement_ends_early_at_a_checkpoint(drawn: list[Any], 
     finished = json.loads((tmp_path / "finished.json").read_text())
     assert (finished["step"], finished["steps"]) == (4, 20) and finished["reason"].startswith("stopped early")
     assert any("stopped early" in line for line in said)
+    state = json.loads((tmp_path / "checkpoint-4/trainer_state.json").read_text())
+    assert state["best_global_step"] == 2 and state["best_model_checkpoint"] is None  # not asked to keep it
     for mark in ("finished.json", None):  # known from its mark, and without it from the evaluations
         if mark:
             said.clear()

@@ -110,15 +110,10 @@ class Boards:
             lines = ["| " + " | ".join(columns[1:]) + " |", "|---" * len(cells[0]) + "|"] if cells else []
             lines += ["| " + " | ".join(_cell(text) for text in row) + " |" for row in cells]
             self.writer.add_text("eval/answers", "\n".join(lines), step)
-        for name, client in self.clients():
+        for _, client in self.clients():
             pictures = [client.Image(str(folder / r["pictures"][0])) if any(r["pictures"][:1]) else None for r in shown]
             data = [[picture, *row] for picture, row in zip(pictures, cells, strict=True)]
-            if name == "trackio":
-                import pandas as pd  # type: ignore[import-untyped]
-
-                table = client.Table(dataframe=pd.DataFrame(data, columns=columns))
-            else:
-                table = client.Table(columns=columns, data=data)
+            table = client.Table(columns=columns, data=data)
             client.log({"eval/answers": table, "train/global_step": step})
 
     def close(self) -> None:

@@ -48,6 +48,8 @@ class Pace:
 
     def now(self, what: str) -> None:
         """What the run does from now on: "training", or a pause of some kind."""
+        if what == (self._pause or "training"):
+            return
         at = self.clock()
         if self._pause is None:
             self._trained += at - self._running_since

@@ -335,8 +335,7 @@ class DFTTrainer(Trainer):
         finally:
             self._staging = False
         self._all_saved(wrong, run)  # and everyone's files are there
-        if best := self.state.best_global_step:  # the stock Trainer names the folder it was written to, not its place
-            self.state.best_model_checkpoint = str(run / f"checkpoint-{best}")
+        self._name_best(run, aside.name)
         if self.args.should_save:
             try:
                 state = {"moments": self._moments, "starvation": self._starvation.state()}
@@ -380,6 +379,12 @@ class DFTTrainer(Trainer):
         self._tr_loss, self._globalstep_last_logged = kept["loss"], kept["logged_at"]
         self._norms, self._media = kept["norms"], kept["media"]
         self.diagnostics.restore(kept["diagnostics"])
+
+    def _name_best(self, folder: Path, name: str) -> None:
+        """The best checkpoint, which rotation spares, by its place: the stock Trainer names the folder it was written to."""
+        best = folder / f"checkpoint-{self.state.best_global_step}"
+        kept = (self.watch is None or self.watch.keep_best) and (best.name == name or best.is_dir())
+        self.state.best_model_checkpoint = str(best) if kept else None
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Load weights by the model's own from_pretrained: on disk Qwen2.5-VL has other key names than in memory."""

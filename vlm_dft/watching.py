@@ -46,7 +46,7 @@ class Watch(TrainerCallback):
 
     def __init__(
         self, splits: Splits, collator: ChatCollator, folder: Path, *, every: int, keep_best: bool = False,
-        patience: int | None = None, batch_size: int = 32, on_scored: Scored = lambda step, splits, best, rows: None,
+        patience: int | None = None, batch_size: int = 16, on_scored: Scored = lambda step, splits, best, rows: None,
     ) -> None:  # fmt: skip
         self.samples = [sample for split in splits.values() for sample in split]
         self.collator, self.folder, self.every = collator, folder, every
@@ -79,7 +79,6 @@ class Watch(TrainerCallback):
         better = state.global_step > 0 and (state.best_metric is None or score > state.best_metric)
         if better:
             state.best_metric, state.best_global_step = score, state.global_step
-            state.best_model_checkpoint = str(self.folder / f"checkpoint-{state.global_step}")
         if self._worse_for(state) >= (self.patience or float("inf")) and state.global_step < state.max_steps:
             trainer.control.should_training_stop = trainer.control.should_save = True
         if trainer.is_world_process_zero():
