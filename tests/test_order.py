@@ -283,9 +283,38 @@ def test_an_endless_data_set_is_trained_in_its_own_order_by_one_process(small: A
         def __iter__(self) -> Any:
             return iter(range(5))
 
-    trainer = trainer_of(small, Stream(), tmp_path, lambda rows: {"rows": torch.tensor(rows)}, max_steps=2,
-                         per_device_train_batch_size=2, accelerator_config={"dispatch_batches": False})  # fmt: skip
-    assert [batch["rows"].tolist() for batch in trainer.get_train_dataloader()] == [[0, 1], [2, 3], [4]]
+    def collate(rows: list[int]) -> dict[str, Any]:
+        return {"rows": torch.tensor(rows), "pixel_values": torch.zeros(7, 3)}
+
+    trainer = trainer_of(small, Stream(), tmp_path, collate, max_steps=2, per_device_train_batch_size=2)
+    found = list(trainer.get_train_dataloader())
+    assert [batch["rows"].tolist() for batch in found] == [[0, 1], [2, 3], [4]]
+    assert all(batch["pixel_values"].shape == (7, 3) for batch in found)  # accelerate's own choice would cut them to 2
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_trainer_deals_by_length_as_its_collator_packs_or_pads(
+    packing: bool, small: Any, processor: Any, drawn: list[Any], tmp_path: Path
+) -> None:
+    collator = ChatCollator(processor, packing=packing)
+    lengths = [collator.measure(row).tokens for row in drawn[:16]]
+    trainer = trainer_of(small, drawn[:16], tmp_path, collator, per_device_train_batch_size=2,
+                         gradient_accumulation_steps=4, data_seed=1)  # fmt: skip
+    trainer.lengths = lengths
+    expected = StepSampler(16, Split(2, 1, 4), seed=1, lengths=lengths, packed=packing)
+    drawn_by_length = [lengths[k] for k in expected]
+    batches = list(trainer.get_train_dataloader())
+    if packing:
+        assert [int(batch["cu_seq_lens_q"][-1]) for batch in batches] == [
+            sum(drawn_by_length[k : k + 2]) for k in range(0, 16, 2)
+        ]
+    else:
+        assert [batch["input_ids"].shape[1] for batch in batches] == [
+            max(drawn_by_length[k : k + 2]) for k in range(0, 16, 2)
+        ]
+    assert drawn_by_length != [
+        lengths[k] for k in StepSampler(16, Split(2, 1, 4), seed=1, lengths=lengths, packed=not packing)
+    ]
 
 
 def test_a_config_refuses_other_strategies_before_anything_is_loaded() -> None:

@@ -149,6 +149,7 @@ class SilentCollator:
 
     def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
         self.collate = collate
+        self.packing = bool(getattr(collate, "packing", False))
 
     def __call__(self, rows: Sequence[Any]) -> Any:
         spoken = [row for row in rows if not isinstance(row, Silent)]

@@ -143,6 +143,7 @@ class DFTTrainer(Trainer):
         """The stock one, with silent places in the data set, the order and the collator."""
         own, collator = self.train_dataset, self.data_collator
         if own is None or isinstance(own, IterableDataset):
+            self.accelerator.dataloader_config.dispatch_batches = False  # its default cuts the patches of pictures, too
             return super().get_train_dataloader()
         self.train_dataset, self.data_collator = WithSilentPlaces(own, self.lengths), SilentCollator(collator)
         try:
@@ -151,7 +152,7 @@ class DFTTrainer(Trainer):
             self.train_dataset, self.data_collator = own, collator
         loader.set_sampler(
             self._order
-        )  # given this way, it is told the epoch through accelerate's samplers, resumed too
+        )  # so that accelerate's samplers around it tell it the epoch, in a resumed run too
         return loader
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
