@@ -11,23 +11,24 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 
+from vlm_dft.adapters import quantization_of
 from vlm_dft.arguments import training_arguments_of
 from vlm_dft.chat import Example
 from vlm_dft.collators import ChatCollator
 from vlm_dft.config import TrainConfig
 from vlm_dft.errors import ModelError
+from vlm_dft.locate import base_model, resolve_model
 from vlm_dft.loss_head import Kl, attach_loss, check_loss
 from vlm_dft.models import (
-    add_lora,
     choose_attention,
     device_kind,
-    freeze_parts,
     load_model,
     load_processor,
-    part_table,
 )
+from vlm_dft.parts import Parts, draw_parts, prepare_parts
 from vlm_dft.progress import Metrics
-from vlm_dft.runs import last_checkpoint
+from vlm_dft.proof import GradientProof
+from vlm_dft.runs import last_checkpoint, write_json
 from vlm_dft.segment_attention import check_packing, use_segment_attention
 from vlm_dft.sources import MediaAccess
 from vlm_dft.trainer import DFTTrainer
@@ -84,27 +85,24 @@ def _timing(model: Any) -> dict[str, Any]:
     return {} if found is None else {"tokens_per_second": found}
 
 
-def prepare_model(config: TrainConfig) -> tuple[Any, str]:
-    """The model to train, parts frozen or LoRA added, fused loss attached; and a line on the choices made."""
+def prepare_model(config: TrainConfig) -> tuple[Any, Parts, str]:
+    """The model to train, fused loss attached; its parts, frozen or LoRA added; and a line on the choices made."""
     if config.precision in ("bf16", "pure_bf16") and device_kind() != "cuda":
         raise ModelError(f"precision = {config.precision} needs a GPU, found none. Use precision auto or fp32.")
     attention, reason = choose_attention(config.attention, device_kind(), half=config.precision != "fp32")
     dtype = torch.bfloat16 if config.precision == "pure_bf16" else torch.float32
-    model = load_model(config.model, dtype=dtype, attention=attention)
+    quantization = None
+    if kind := config.parts.get("quantize"):
+        half = device_kind() == "cuda" and config.precision != "fp32"
+        dtype = torch.bfloat16 if half else torch.float32
+        quantization = quantization_of(kind, base_model(resolve_model(config.model)), half)
+    model = load_model(config.model, dtype=dtype, attention=attention, quantization=quantization)
     attach_loss(model)
     if config.collator.get("packing") and attention == "sdpa":
         use_segment_attention(model)
         reason += ", segment by segment in packed rows"
-    trained = set(config.train_parts)
-    if config.lora:
-        model = add_lora(model, config.lora)
-    else:
-        freeze_parts(model, trained)
-    rows = part_table(model)
-    parts = ", ".join(
-        f"{part} {r['trainable']:,} of {r['parameters']:,}" for part, r in rows.items() if r["parameters"]
-    )
-    return model, f"attention {attention} ({reason}); trainable parameters: {parts}; weights {str(dtype)[6:]}"
+    model, parts = prepare_parts(model, config)
+    return model, parts, f"attention {attention} ({reason})"
 
 
 def loss_terms(config: TrainConfig) -> dict[str, Any]:
@@ -150,13 +148,20 @@ def train_objective(
         deepspeed.init_distributed()  # ZeRO-3 splits the weights while they load, and must know the world by then
     processor = load_processor(config.model, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
     set_seed(config.seed)  # LoRA draws its start
-    model, choices = prepare_model(config)
+    model, parts, choices = prepare_model(config)
     sources = list(dict.fromkeys(example.source for example in examples))
     collator = make_collator(processor, config, tag_sources=sources, **_timing(model))
     if echo is not None:
         echo(f"      {choices}")
+        echo(draw_parts(parts))
         if last is not None:
             echo(f"      continuing from {last}")
+
+    def proved(found: dict[str, Any]) -> None:
+        if arguments.process_index == 0:
+            write_json(folder / "parts.json", {**parts.as_dict(), "proved": found})
+
+    proved({})
     metrics = Metrics(folder / "metrics.jsonl", f"      {objective}", echo is not None)
     trainer = DFTTrainer(
         model=model,
@@ -167,6 +172,8 @@ def train_objective(
         objective=objective,
         **loss_terms(config),
         sources=sources,
+        parts=parts,
+        proof=GradientProof(parts, proved),
         on_alarm=metrics.say,
         callbacks=[metrics, _Loss(collator), *([_Packing(collator)] if collator.packing else [])],
     )
