@@ -146,7 +146,11 @@ def _targets(layers: Mapping[str, list[str]], parts: Sequence[str], targets: Seq
             )  # fmt: skip
         for part in parts:
             if hits[part]:
-                patterns.setdefault(part, []).extend(patterns_of(hits[part]))
+                joined = patterns_of(hits[part])
+                wider = {
+                    name for names in layers.values() for name in names if any(re.fullmatch(p, name) for p in joined)
+                }
+                patterns.setdefault(part, []).extend(joined if wider == set(hits[part]) else map(re.escape, hits[part]))
     return {part: list(dict.fromkeys(found)) for part, found in patterns.items()}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vlm_dft.errors import ModelError
@@ -29,35 +29,46 @@ class Family:
 
 
 NOTHING = r"(?!)"
-QWEN_VL = Family(
-    vision=r"(^|\.)visual\.", merger=r"(^|\.)visual\.(merger|deepstack_merger_list)\.", unused=NOTHING
-)  # fmt: skip
+QWEN_VL = Family(vision=r"(^|\.)visual\.", merger=r"(^|\.)visual\.(merger|deepstack_merger_list)\.", unused=NOTHING)
 GLM_V = Family(vision=r"(^|\.)visual\.", merger=r"(^|\.)visual\.(merger|downsample)\.", unused=NOTHING)
-PROJECTOR = Family(vision=r"(^|\.)vision_tower\.", merger=r"(^|\.)(multi_modal_projector\.|image_newline$)")
+PROJECTOR = Family(
+    vision=r"(^|\.)vision_tower\.",
+    merger=r"(^|\.)(multi_modal_projector\.|image_newline$)",
+    unused=r"vision_tower\.(.*\.)?(post_layernorm|head)\.",
+)
 IDEFICS = Family(
-    vision=r"(^|\.)vision_model\.", merger=r"(^|\.)connector\.", language=r"(^|\.)text_model\.", unused=NOTHING
-)  # fmt: skip
-MLLAMA = Family(vision=r"(^|\.)vision_model\.", merger=r"(^|\.)multi_modal_projector\.")
-LLAMA4 = Family(
-    vision=r"(^|\.)vision_model\.", merger=r"(^|\.)(multi_modal_projector|vision_model\.vision_adapter)\.",
-)  # fmt: skip
+    vision=r"(^|\.)vision_model\.",
+    merger=r"(^|\.)connector\.",
+    language=r"(^|\.)text_model\.",
+    unused=NOTHING,
+)
+MLLAMA = Family(vision=r"(^|\.)vision_model\.", merger=r"(^|\.)multi_modal_projector\.", unused=NOTHING)
+LLAMA4 = Family(vision=r"(^|\.)vision_model\.", merger=r"(^|\.)(multi_modal_projector|vision_model\.vision_adapter)\.")
 MINICPM = Family(vision=r"(^|\.)vision_tower\.", merger=r"(^|model\.)merger\.")
 OMNI = Family(  # the tower of sounds goes with that of pictures
     vision=r"(^|\.)(visual|audio_tower)\.", merger=r"(^|\.)visual\.(merger|merger_list)\."
-)  # fmt: skip
+)
+
+
+def _untried(family: Family) -> Family:
+    """Of the same names, but nobody has looked which parameters get a gradient."""
+    return replace(family, unused=None)
+
 
 FAMILIES: dict[str, Family] = {  # by config.model_type
-    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"), QWEN_VL),
-    **dict.fromkeys(("glm4v", "glm4v_moe", "glm46v", "glmga", "glm_ocr", "glm5_next"), GLM_V),
-    **dict.fromkeys(
-        ("llava", "llava_next", "llava_next_video", "llava_onevision", "vipllava", "aya_vision"), PROJECTOR
-    ),
-    **dict.fromkeys(("internvl", "gemma3", "paligemma", "mistral3", "aria", "cohere2_vision", "lfm2_vl"), PROJECTOR),
-    **dict.fromkeys(("got_ocr2", "molmo2", "qianfan_ocr", "perception_lm"), PROJECTOR),
-    **dict.fromkeys(("idefics2", "idefics3", "smolvlm"), IDEFICS),
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"), QWEN_VL),
+    **dict.fromkeys(("glm4v", "glm4v_moe"), GLM_V),
+    **dict.fromkeys(("llava", "llava_next", "llava_onevision", "internvl", "gemma3", "paligemma"), PROJECTOR),
+    **dict.fromkeys(("mistral3", "lfm2_vl"), PROJECTOR),
+    **dict.fromkeys(("idefics3", "smolvlm"), IDEFICS),
+    "mllama": MLLAMA,
+    **dict.fromkeys(("qwen3_5", "qwen3_5_moe"), _untried(QWEN_VL)),
+    **dict.fromkeys(("glm46v", "glmga", "glm_ocr", "glm5_next"), _untried(GLM_V)),
+    **dict.fromkeys(("llava_next_video", "vipllava", "aya_vision", "aria", "cohere2_vision"), _untried(PROJECTOR)),
+    **dict.fromkeys(("got_ocr2", "molmo2", "qianfan_ocr", "perception_lm"), _untried(PROJECTOR)),
+    "idefics2": _untried(IDEFICS),
     **dict.fromkeys(("minicpmv4_6", "minicpmv4_7", "minicpm_ocr"), MINICPM),
     **dict.fromkeys(("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"), OMNI),
-    "mllama": MLLAMA,
     "llama4": LLAMA4,
 }
 
@@ -87,7 +98,7 @@ def find_family(model: Any) -> Family:
             f"{', '.join(tops[:6])}). Expected each in one of {', '.join(PARTS)}. Describe the family: "
             f"vlm_dft.families.FAMILIES[{kind!r}] = Family(vision=..., merger=..., language=..., head=...), patterns of parameter names."
         )
-    return family
+    return _without_last_blocks(family, model)
 
 
 def part_of(parameter: str, family: Family) -> str:
@@ -142,6 +153,17 @@ def derive_family(model: Any) -> Family:
     )
 
 
+def _without_last_blocks(family: Family, model: Any) -> Family:
+    """The family with the tower's blocks after the one whose features are taken (vision_feature_layer) as unused."""
+    layer = getattr(model.config, "vision_feature_layer", None)
+    depth = getattr(getattr(model.config, "vision_config", None), "num_hidden_layers", None)
+    if family.unused is None or layer is None or depth is None:
+        return family
+    last = max(k if k >= 0 else depth + 1 + k for k in (layer if isinstance(layer, (list, tuple)) else [layer]))
+    late = "|".join(str(k) for k in range(last, depth))
+    return replace(family, unused=rf"{family.unused}|vision_tower\..*layers\.({late})\.") if late else family
+
+
 def _part(parameter: str, family: Family) -> str | None:
     return next((part for part in ORDER if re.search(getattr(family, part), parameter)), None)
 
@@ -169,9 +191,12 @@ def _encoders(model: Any, places: dict[int, str], container: str) -> set[str]:
     found = set()
     for modality in ("image", "video"):
         try:
-            place = places.get(id(model.get_encoder(modality=modality)), "")
+            encoder = model.get_encoder(modality=modality)
         except (AttributeError, TypeError, ValueError, NotImplementedError):
             continue
+        place = places.get(id(encoder), "")
+        if any(re.fullmatch(TOWERS, name) for name, _ in encoder.named_children()):
+            continue  # it holds the tower, and more
         if place and place != container and _inside(place, container):
             found.add(_below(place, container))
     return found

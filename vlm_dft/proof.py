@@ -108,10 +108,10 @@ class GradientProof:
 
     def _may_lack(self, name: str, own: Mapping[str, float | None]) -> bool:
         """LoRA's A while B is 0, an expert that was not chosen, what the family never uses."""
-        if ".lora_A." in name:
-            return bool(own.get(name.replace(".lora_A.", ".lora_B.")))
         unused = self.parts.family.unused
-        return bool(CHOSEN.search(name)) or (unused is not None and bool(re.search(unused, name)))
+        if CHOSEN.search(name) or (unused is not None and re.search(unused, name)):
+            return True
+        return ".lora_A." in name and bool(own.get(name.replace(".lora_A.", ".lora_B.")))
 
     def _said(self) -> str:
         whole = [part for part in PARTS if part in self.parts.trained]

@@ -118,6 +118,11 @@ class DFTTrainer(Trainer):
             split_groups(optimizer, named, self.parts, self.args.learning_rate)
         return optimizer
 
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        """Without what the stock names miss: norms of other names than "norm", such as `ln_q` of Qwen2.5-VL's merger."""
+        norms = [f"{name}." for name, module in model.named_modules() if "norm" in type(module).__name__.lower()]
+        return [name for name in super().get_decay_parameter_names(model) if not name.startswith(tuple(norms))]
+
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """A micro-batch's passes; until every trained part is proved, the gradients are looked at."""
         if self.proof is None or self.proof.done:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
@@ -16,7 +17,7 @@ from vlm_dft.arguments import training_arguments_of
 from vlm_dft.chat import Example
 from vlm_dft.collators import ChatCollator
 from vlm_dft.config import TrainConfig
-from vlm_dft.errors import ModelError
+from vlm_dft.errors import ModelError, RowError
 from vlm_dft.locate import base_model, resolve_model
 from vlm_dft.loss_head import Kl, attach_loss, check_loss
 from vlm_dft.models import (
@@ -52,7 +53,11 @@ class _Loss(TrainerCallback):
         asked, said = {"role": "user", "content": "Well?"}, {"role": "assistant", "content": "Two red bars: 12."}
         other = collator.apart()
         other.packing, other.tag_sources = False, None
-        self.batch = other([Example([asked, said])])
+        try:
+            self.batch = other([Example([asked, said])])
+        except RowError:  # PaliGemma has no rows without a picture
+            seen = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Well?"}]}
+            self.batch = other([Example([seen, said], images=[Image.new("RGB", (56, 56))])])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         check_loss(model, self.batch)
