@@ -18,6 +18,11 @@ from vlm_dft.families import Family, find_family, part_of
 from vlm_dft.locate import EMBEDDED
 
 ROUTERS = ("gate", "router", "shared_expert_gate")  # which expert a token goes to: not a layer to adapt
+EXPERTS = (
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+)  # fused into one parameter in transformers 5; LoRA then is on attention alone
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)  # without a forward of their own
 
 
@@ -52,6 +57,9 @@ def add_lora(
     """
     family = find_family(model)
     layers = linear_layers(model, family)
+    experts = any(name.endswith("experts.gate_up_proj") for name, _ in model.named_parameters())
+    if experts:  # peft takes these names for the experts', and of a pattern the last names of what it matches
+        layers = {part: [n for n in names if n.rpartition(".")[2] not in EXPERTS] for part, names in layers.items()}
     patterns = _targets(layers, parts, targets) if targets else {p: patterns_of(layers[p]) for p in parts if layers[p]}
     matched = {
         part: [name for name in layers[part] if any(re.fullmatch(p, name) for p in found)]
@@ -68,18 +76,19 @@ def add_lora(
         modules, left,
     )  # fmt: skip
     wanted = [pattern for found in patterns.values() for pattern in found]
+    asked = {name for names in matched.values() for name in names}
+    one = wanted[0] if len(wanted) == 1 else "|".join(f"(?:{pattern})" for pattern in wanted)
     config = _lora_config()(
         r=rank,
         lora_alpha=int(done.alpha) if done.alpha == int(done.alpha) else done.alpha,
         lora_dropout=dropout,
-        target_modules=wanted[0] if len(wanted) == 1 else "|".join(f"(?:{pattern})" for pattern in wanted),
+        target_modules=sorted(asked) if experts else one,
         modules_to_save=[name for names in modules.values() for name in names] or None,
     )
     from peft import get_peft_model
 
     wrapped = get_peft_model(model, config)
     put = {name for name, module in wrapped.get_base_model().named_modules() if hasattr(module, "lora_A")}
-    asked = {name for names in matched.values() for name in names}
     if put != asked:
         odd = sorted(put ^ asked)
         raise ModelError(

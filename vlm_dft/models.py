@@ -72,6 +72,10 @@ def load_model(
     with _found(name):
         more = {} if quantization is None else {"quantization_config": quantization}
         model = AutoModelForImageTextToText.from_pretrained(base, dtype=dtype, attn_implementation=attention, **more)
+    if quantization is not None:
+        for module in model.modules():  # else a pass in evaluation mode on CPU repacks the weights, and training fails
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
     if base != folder:
         from peft import PeftModel
 
