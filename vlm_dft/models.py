@@ -75,7 +75,7 @@ def load_model(
     if quantization is not None:
         for module in model.modules():  # else a pass in evaluation mode on CPU repacks the weights, and training fails
             if hasattr(module, "support_avx512bf16_for_cpu"):
-                module.support_avx512bf16_for_cpu = False
+                setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010  # for mypy, a module's attribute
     if base != folder:
         from peft import PeftModel
 

@@ -28,6 +28,7 @@ from vlm_dft.generation import generate
 from vlm_dft.kinds import MEANING
 from vlm_dft.loss_head import attach_loss
 from vlm_dft.metrics import summarise
+from vlm_dft.model_card import write_card
 from vlm_dft.models import device_kind, load_model, load_processor
 from vlm_dft.preflight import Plan
 from vlm_dft.probing import gauge
@@ -94,14 +95,22 @@ def _run(plan: Plan, echo: Echo) -> dict[str, Any]:
         at = time.monotonic()
         checkpoint = train_objective(config, objective, examples, plan.folder(objective), echo=echo if first else None)
         trained[objective] = {"checkpoint": str(checkpoint), "steps": config.steps(len(examples)),
-                              "seconds": round(time.monotonic() - at, 1)}  # fmt: skip
+                              "seconds": round(time.monotonic() - at, 1), **read_parts(plan.folder(objective))}  # fmt: skip
     leave_engines()
     if not first:
         return {}
     report = _evaluate_all(plan, prior, trained, account, echo)
+    for objective in config.objective:
+        write_card(plan.folder(objective), plan.folder(objective))
     _show(report, output, echo)
     echo(f"done in {time.monotonic() - started:.0f} s")
     return report
+
+
+def read_parts(folder: Path) -> dict[str, Any]:
+    """{"parts": what parts.json says of each part} of a trained objective's folder."""
+    file = folder / "parts.json"
+    return {"parts": json.loads(file.read_text(encoding="utf-8"))["parts"]} if file.is_file() else {}
 
 
 def check_sources(config: TrainConfig, examples: Sequence[Example]) -> None:
