@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,6 @@ def test_each_part_moves_by_its_own_rate_and_decay(drawn: list[Any], tmp_path: P
 def test_the_schedule_keeps_the_ratio_of_the_rates_and_a_run_with_them_resumes_bit_for_bit(
     drawn: list[Any], tmp_path: Path
 ) -> None:
-    import shutil
-
     words = {"train_parts": "merger,language", "merger_learning_rate": 1e-4, "epochs": 2, "save_steps": 3}
     config = config_of(**words)  # AdamW and a cosine schedule of 1e-3
     whole = train_objective(config, "dft", drawn, tmp_path / "whole")
@@ -108,6 +107,22 @@ def test_a_part_trained_whole_beside_lora_is_in_the_adapter_and_comes_back(drawn
     row = json.loads((tmp_path / "parts.json").read_text())
     assert row["lora"]["modules_to_save"] == {"merger": ["model.visual.merger"]}
     assert set(row["proved"]) == {"merger", "language"} and row["proved"]["merger"]["step"] == 1
+
+
+def test_lora_with_a_part_trained_whole_resumes_bit_for_bit(drawn: list[Any], tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    config = config_of(
+        lora=4, lora_dropout=0.1, train_parts="merger", merger_learning_rate=1e-4, max_steps=6, save_steps=3
+    )
+    ends = [train_objective(config, "dft", drawn, tmp_path / "whole")]
+    shutil.rmtree(train_objective(config, "dft", drawn, tmp_path / "cut"))  # back to checkpoint-3
+    ends.append(train_objective(config, "dft", drawn, tmp_path / "cut"))
+    first, second = (load_file(end / "adapter_model.safetensors") for end in ends)
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+    assert len([key for key in first if "merger" in key]) == 5
+    logs = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "cut")]
+    assert logs[0] == logs[1]
 
 
 def test_lora_on_the_tower_and_patterns_of_ones_own_adapt_what_they_name(drawn: list[Any], tmp_path: Path) -> None:

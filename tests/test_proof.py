@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_distributed import ROOT, apart, launch, needs_deepspeed
+from test_distributed import ROOT, apart, launch, needs_deepspeed, torchrun
+
+from vlm_dft.models import load_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 SPLITS: dict[str, dict[str, int]] = {"1x1x8": {}, "2x2x2": {"micro_batch": 2, "accumulation": 2}}
@@ -95,6 +98,39 @@ def test_a_step_without_a_target_proves_nothing_and_the_next_does(engine: str, r
 def test_one_parameter_that_was_unfrozen_by_hand_is_found(case: str, engine: str, results: Results) -> None:
     said = results(engine, case)["refused"]
     assert "step 1, 1 parameters that were to stay frozen have a gradient: model.visual.blocks.1.norm1.weight." in said
+
+
+@needs_deepspeed
+def test_under_zero3_a_run_counts_whole_parameters_and_proves_what_it_trains(tmp_path: Path) -> None:
+    """By train_objective under torchrun: each process holds half of every parameter. And with a learning rate of a part's own
+    an optimiser of DeepSpeed's file, which would not have it, is refused."""
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_gather_16bit_weights_on_model_save": True}
+    auto = dict.fromkeys(("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps"), "auto")
+    file = {"zero_optimization": zero, "zero_allow_untested_optimizer": True, "gradient_clipping": "auto", **auto}
+    (tmp_path / "engine.json").write_text(json.dumps(file))
+    words = {"engine": str(tmp_path / "engine.json"), "vision_learning_rate": 0.1, "merger_weight_decay": 0.0}
+    torchrun(
+        tmp_path, whole=words, lora={**words, "lora": 4, "train_parts": "vision,merger", "language_learning_rate": 0.3}
+    )
+    whole, lora = (json.loads((tmp_path / name / "parts.json").read_text()) for name in ("whole", "lora"))
+    sizes = {"vision": 183_424, "merger": 98_752, "language": 673_408}
+    assert {part: row["parameters"] for part, row in whole["parts"].items()} == sizes
+    assert {part: row["trainable"] for part, row in whole["parts"].items()} == sizes
+    assert lora["parts"]["language"] == {
+        **lora["parts"]["language"], "parameters": 673_408 + 29_184, "trainable": 29_184, "lora_modules": 21, "learning_rate": 0.3,
+    }  # fmt: skip
+    assert {part: row["trainable"] for part, row in lora["parts"].items() if part != "language"} == {
+        part: sizes[part] for part in ("vision", "merger")
+    }
+    assert set(whole["proved"]) == set(lora["proved"]) == set(sizes)
+    start, end = load_model("tiny").state_dict(), load_model(str(tmp_path / "lora" / "checkpoint-3")).state_dict()
+    assert all(not torch.equal(start[k], end[k]) for k in start if ".visual." in k)
+
+    (tmp_path / "engine.json").write_text(
+        json.dumps({**file, "optimizer": {"type": "AdamW", "params": {"lr": "auto"}}})
+    )
+    with pytest.raises(pytest.fail.Exception, match="whose file has an optimizer of its own"):
+        torchrun(tmp_path, refused=words)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -81,6 +81,12 @@ class DFTTrainer(Trainer):
                 "reference = a frozen copy is not sharded by DeepSpeed or FSDP. Train with LoRA, and leave it out: the reference is "
                 "then the model with its adapters off."
             )
+        plan = getattr(self.args.hf_deepspeed_config, "config", {}) if self.is_deepspeed_enabled else {}
+        if parts is not None and not parts.same_rates() and "optimizer" in plan:
+            raise ModelError(
+                "Parts have rates of their own, which a DeepSpeed engine does not have whose file has an optimizer of its own. Leave "
+                "`optimizer` out of that file: the optimiser is then that of `optim`."
+            )
         self.objective: str | Objective = objective
         self.kl, self.cadft = kl, cadft
         self.parts, self.proof = parts, proof
