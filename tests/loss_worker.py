@@ -25,11 +25,10 @@ from torch.multiprocessing import ProcessExitedException, start_processes
 from transformers import Trainer, TrainingArguments, set_seed
 
 from vlm_dft import ChatCollator, dft_loss
-from vlm_dft.adapters import add_lora
 from vlm_dft.chat import Example
 from vlm_dft.kinds import KINDS
 from vlm_dft.loss_head import Kl, attach_loss
-from vlm_dft.models import load_model, load_processor
+from vlm_dft.models import add_lora, load_model, load_processor
 from vlm_dft.objectives import IGNORE, OBJECTIVES
 from vlm_dft.recipes import load_recipe, read_recipe
 from vlm_dft.trainer import DFTTrainer

@@ -474,7 +474,7 @@ def test_the_self_test_leaves_nothing_in_the_collator() -> None:
 
 
 def test_a_model_with_lora_is_switched_and_checked(collator: ChatCollator) -> None:
-    from vlm_dft.adapters import add_lora
+    from vlm_dft.models import add_lora
 
     model = add_lora(copy.deepcopy(with_attention("embedded", "sdpa")), 2)
     use_segment_attention(model)

@@ -85,8 +85,15 @@ WRAPPED = r"^(?:base_model\.model\.)?"  # peft's prefix
 def find_family(model: Any) -> Family:
     """The family of a model: from the table by its config.model_type, or derived from its modules.
 
-    Raises ModelError for a model some of whose parameters belong to no part.
+    A model type alone (a text) will do for the families of the table. Raises ModelError for a model some of whose
+    parameters belong to no part, and for a type that the table does not have.
     """
+    if isinstance(model, str):
+        if model not in FAMILIES:
+            raise ModelError(
+                f"No family is described for model type {model!r}, and without the model none is derived. Known: {', '.join(FAMILIES)}."
+            )
+        return FAMILIES[model]
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     kind = model.config.model_type
     family = FAMILIES.get(kind) or derive_family(model)

@@ -1,4 +1,4 @@
-"""Models: a name or folder in, a processor and a model out."""
+"""Models: a name or folder in, a processor and a model out, parts frozen, LoRA added."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from typing import Any
 
 import torch
 
+from vlm_dft.adapters import add_lora as add_lora
 from vlm_dft.errors import ModelError
 from vlm_dft.locate import base_model, resolve_model
+from vlm_dft.parts import freeze_parts as freeze_parts
+from vlm_dft.parts import part_table as part_table
 
 
 @contextmanager

@@ -20,6 +20,9 @@ SEEING = ("vision", "merger")  # without a picture they have no gradient
 IMAGE_IDS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 PIXELS = re.compile(r"pixel|image_patches|flattened_patches")
 CHOSEN = re.compile(r"\.experts\.\d+\.")  # an expert that no token was sent to
+KEY_BIAS = re.compile(
+    r"\.(k_proj|key)\.bias$"
+)  # without rotary positions what it adds to all keys changes no attention
 
 
 class GradientProof:
@@ -107,9 +110,9 @@ class GradientProof:
         return {**found, "without_gradient": list(map(plain_name, without))} if without else found
 
     def _may_lack(self, name: str, own: Mapping[str, float | None]) -> bool:
-        """LoRA's A while B is 0, an expert that was not chosen, what the family never uses."""
+        """LoRA's A while B is 0, an expert that was not chosen, a bias of keys, what the family never uses."""
         unused = self.parts.family.unused
-        if CHOSEN.search(name) or (unused is not None and re.search(unused, name)):
+        if CHOSEN.search(name) or KEY_BIAS.search(name) or (unused is not None and re.search(unused, name)):
             return True
         return ".lora_A." in name and bool(own.get(name.replace(".lora_A.", ".lora_B.")))
 
