@@ -40,6 +40,9 @@ def test_two_objectives_are_trained_evaluated_and_compared(tmp_path: Path, capsy
     assert (account["read"], account["used"], account["dropped"]) == (16, 16, {})
     assert json.loads((output / "mask_report.json").read_text())["samples"][0]["targets"] > 5
     assert "report.html" in {p.name for p in output.iterdir()} and (output / "dft" / "checkpoint-2").is_dir()
+    card = (output / "dft" / "README.md").read_text()
+    assert "| rows | 16 read, 16 used |" in card and "| drawn | n | base | dft |" in card
+    assert report["training"]["dft"]["parts"]["language"]["trainable"] > 0
     capsys.readouterr()
     assert run(*SMALL, "--objective", "dft,nll", "--output", str(output)) == 0
     assert "is finished" in capsys.readouterr().out

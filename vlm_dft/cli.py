@@ -132,6 +132,20 @@ def _parser() -> argparse.ArgumentParser:
         probe.add_argument(f"--{name.replace('_', '-')}", f"--{name}", dest=name, help=text)
     probe.set_defaults(run=_probe)
 
+    export = commands.add_parser(
+        "export",
+        help="write a checkpoint as a plain Hugging Face folder; --merge merges LoRA, with proof",
+        description="Write a run's best or last checkpoint as a folder that transformers loads with nothing of ours: weights, "
+        "processor, generation settings, chat template and a model card of facts. Logits on pictures, parameter names and what "
+        "was not trained are checked; nothing is written where they differ, and nothing is overwritten.",
+    )
+    export.add_argument("source", metavar="RUN", help="a run folder, an objective's folder in it, or a checkpoint")
+    export.add_argument("output", metavar="OUT", help="a folder that does not exist yet, or is empty")
+    export.add_argument("--merge", action="store_true", help="merge a LoRA adapter into its base model")
+    export.add_argument("--dtype", help="fp32 or bf16; the checkpoint's or the base's unless given")
+    export.add_argument("--json", metavar="FILE", help="write what was checked here")
+    export.set_defaults(run=_export)
+
     for kind in ("recipe", "benchmark"):
         listing = commands.add_parser(f"{kind}s", help=f"list the {kind} cards")
         listing.add_argument("--json", metavar="FILE", help="write the list here too")
@@ -285,6 +299,19 @@ def _probe(arguments: argparse.Namespace) -> int:
         title = f"{config.model} on {Path(config.recipe).stem}, before training"
         write_text(Path(arguments.plot), probe_report.probe_plot(found, title))
         _echo(f"plot: {arguments.plot}")
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    _check_writable(arguments.json, "--json")
+    _quiet()
+    from vlm_dft.export import export
+    from vlm_dft.runs import write_json
+
+    found = export(arguments.source, Path(arguments.output), merge=arguments.merge, dtype=arguments.dtype, echo=_echo)
+    if arguments.json:
+        write_json(Path(arguments.json), found)
+    _echo(f"{found['output']}: {found['bytes'] / 1e6:,.1f} MB")
     return 0
 
 

@@ -213,6 +213,7 @@ def _check(config: TrainConfig) -> None:
         raise ConfigError("evaluate_every needs a benchmark, found benchmark = none. Name one, or leave it out.")
     if not config.lora and not config.train_parts:
         raise ConfigError(f"train_parts: expected some of {', '.join(PARTS)}, found none.")
+    _check_parts(config)
     if config.precision not in PRECISIONS:
         raise ConfigError(f"precision: expected one of {', '.join(PRECISIONS)}, found {config.precision!r}.")
     for name in ("epochs", "learning_rate", "batch_size", "micro_batch", "max_length", "processes"):
@@ -227,6 +228,38 @@ def _check(config: TrainConfig) -> None:
         raise ConfigError(
             f"batch_size = {config.batch_size} is not a multiple of micro_batch x processes = {config.micro_batch} x "
             f"{config.processes} = {one_pass}. Nearest: {max(one_pass, config.batch_size // one_pass * one_pass)}."
+        )
+
+
+def _check_parts(config: TrainConfig) -> None:
+    """Contradictions between what is trained whole, what is under LoRA, and their own settings."""
+    parts, trained = config.parts, config.train_parts
+    if not config.lora:
+        lone = [name for name in (*(key for key in parts if key.startswith("lora_")), "quantize") if name in parts]
+        if lone:
+            raise ConfigError(f"{lone[0]} = {parts[lone[0]]} is a setting of LoRA, and lora = 0. Set lora to a rank.")
+    adapted = list(parts.get("lora_parts") or ("language",)) if config.lora else []
+    if both := [part for part in trained if part in adapted]:
+        raise ConfigError(
+            f"train_parts and lora_parts both name {both[0]}. A part is trained whole or has adapters: leave it out of one."
+        )
+    moving = [part for part in PARTS if part in (*trained, *adapted)]
+    for part in PARTS:
+        for name in (f"{part}_learning_rate", f"{part}_weight_decay"):
+            if name in parts and part not in moving:
+                raise ConfigError(
+                    f"{name} = {parts[name]}, but {part} is not trained; trained are {', '.join(moving)}. Add it to train_parts"
+                    f"{' or lora_parts' if config.lora else ''}, or leave {name} out."
+                )
+    if config.loss.get("kl") and config.lora and trained:
+        raise ConfigError(
+            f"kl with LoRA holds the model to itself without its adapters, but train_parts = {', '.join(trained)} changes that model "
+            "too. Train LoRA alone, or leave out kl."
+        )
+    if parts.get("quantize") and config.engine and not config.engine.startswith("zero2"):
+        raise ConfigError(
+            f"quantize = {parts['quantize']} keeps packed weights whole in every process; engine = {config.engine} would shard them, "
+            "which is not supported. Use engine zero2 or none."
         )
 
 

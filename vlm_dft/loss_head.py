@@ -147,6 +147,10 @@ def give_loss(head: Any) -> Any:
     """Turn an output head into one with the loss, in place: its class is changed, its hooks and its weights are not."""
     if isinstance(head, LossMixin):
         return head
+    if hasattr(head, "modules_to_save"):  # peft's, of a head trained whole beside adapters: it passes everything on
+        for own in _held(head):
+            give_loss(own)
+        return head
     if type(head) is nn.Linear:
         head.__class__ = LossLinear
         return head
@@ -165,6 +169,11 @@ def give_loss(head: Any) -> Any:
     )
 
 
+def _held(head: Any) -> list[Any]:
+    """The heads in peft's wrapper of one that is trained whole; else the head."""
+    return [head.original_module, *head.modules_to_save.values()] if hasattr(head, "modules_to_save") else [head]
+
+
 def attach_loss(model: Any) -> Any:
     """Give a Hugging Face model a forward that takes `labels`, `objective` and `num_items` and returns loss and statistics.
 
@@ -178,6 +187,11 @@ def attach_loss(model: Any) -> Any:
     if hasattr(model, "get_base_model"):  # peft's wrapper passes everything on to the model in it
         attach_loss(model.get_base_model())
         return model
+    if not hasattr(model, "model") or getattr(model.config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{type(model).__name__} is not a decoder whose hidden states `model.model` gives to a head: the loss on response rows alone "
+            "cannot be attached. Train it in a stock Trainer with dft_loss, which takes the logits as they are."
+        )
     text = model.config.get_text_config()
     for name in ("logit_scale", "logits_scaling", "lm_head_multiplier"):
         if getattr(text, name, None) not in (None, 1, 1.0):
@@ -185,7 +199,8 @@ def attach_loss(model: Any) -> Any:
                 f"{type(model).__name__} scales its logits ({name} = {getattr(text, name)}), which is not supported."
             )
     head = give_loss(model.get_output_embeddings())
-    head.soft_cap = getattr(text, "final_logit_softcapping", None)
+    for own in _held(head):
+        own.soft_cap = getattr(text, "final_logit_softcapping", None)
     original = model.forward
     keys = set(inspect.signature(type(model).forward).parameters)
 

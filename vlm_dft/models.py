@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 
+from vlm_dft.adapters import add_lora as add_lora
 from vlm_dft.errors import ModelError
-from vlm_dft.families import PARTS, find_family, part_of
 from vlm_dft.locate import base_model, resolve_model
+from vlm_dft.parts import freeze_parts as freeze_parts
+from vlm_dft.parts import part_table as part_table
 
 
 @contextmanager
@@ -59,14 +61,24 @@ def load_processor(name: str, *, min_pixels: int | None = None, max_pixels: int 
     return processor
 
 
-def load_model(name: str, *, dtype: torch.dtype = torch.float32, attention: str | None = None) -> Any:
-    """The model of a hub id, a checkpoint folder or a LoRA adapter folder (merged onto its base), in evaluation mode."""
+def load_model(
+    name: str, *, dtype: torch.dtype = torch.float32, attention: str | None = None, quantization: Any = None
+) -> Any:
+    """The model of a hub id, a checkpoint folder or a LoRA adapter folder (merged onto its base), in evaluation mode.
+
+    quantization: a BitsAndBytesConfig (adapters.quantization_of).
+    """
     from transformers import AutoModelForImageTextToText
 
     folder = resolve_model(name)
     base = base_model(folder)
     with _found(name):
-        model = AutoModelForImageTextToText.from_pretrained(base, dtype=dtype, attn_implementation=attention)
+        more = {} if quantization is None else {"quantization_config": quantization}
+        model = AutoModelForImageTextToText.from_pretrained(base, dtype=dtype, attn_implementation=attention, **more)
+    if quantization is not None:
+        for module in model.modules():  # else a pass in evaluation mode on CPU repacks the weights, and training fails
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010  # for mypy, a module's attribute
     if base != folder:
         from peft import PeftModel
 
@@ -85,38 +97,3 @@ def choose_attention(requested: str | None, device: str, half: bool) -> tuple[st
     except ImportError as error:
         return "sdpa", f"flash-attn does not import ({error})"
     return "flash_attention_2", "flash-attn is installed"
-
-
-def freeze_parts(model: Any, trained: set[str]) -> None:
-    """Train only the named parts of PARTS. A head tied to the embeddings belongs to the language model.
-
-    Raises ModelError when that leaves nothing to train.
-    """
-    family = find_family(model.config.model_type)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(part_of(name, family) in trained)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ModelError(
-            f"train_parts = {sorted(trained)} leaves nothing to train in this model. Its parts: "
-            f"{', '.join(part for part, row in part_table(model).items() if row['parameters'])}."
-        )
-
-
-def add_lora(model: Any, rank: int) -> Any:
-    """LoRA of the given rank (alpha 2r) on the language model's linear layers, by explicit pattern; the rest is frozen."""
-    from peft import LoraConfig, get_peft_model
-
-    family = find_family(model.config.model_type)
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=family.lora_targets)
-    return get_peft_model(model, config)
-
-
-def part_table(model: Any) -> dict[str, dict[str, int]]:
-    """{part: {"parameters", "trainable"}} of a model as it stands, LoRA included."""
-    family = find_family(model.config.model_type)
-    table = {part: {"parameters": 0, "trainable": 0} for part in PARTS}
-    for name, parameter in model.named_parameters():
-        row = table[part_of(name, family)]
-        row["parameters"] += parameter.numel()
-        row["trainable"] += parameter.numel() if parameter.requires_grad else 0
-    return table

@@ -30,6 +30,7 @@ from vlm_dft.generation import generate
 from vlm_dft.kinds import MEANING
 from vlm_dft.loss_head import attach_loss
 from vlm_dft.metrics import summarise
+from vlm_dft.model_card import write_card
 from vlm_dft.models import device_kind, load_model, load_processor
 from vlm_dft.preflight import Plan
 from vlm_dft.probing import gauge
@@ -85,14 +86,27 @@ def _run(plan: Plan, first: bool, echo: Echo) -> dict[str, Any]:
             config, objective, examples, plan.folder(objective), lengths=account.lengths, echo=echo if first else None
         )
         finished = (read_finished(plan.folder(objective)) or {}) if first else {}
-        trained[objective] = {**finished, "checkpoint": str(checkpoint), "seconds": round(time.monotonic() - at, 1)}
+        trained[objective] = {
+            **finished,
+            "checkpoint": str(checkpoint),
+            "seconds": round(time.monotonic() - at, 1),
+            **read_parts(plan.folder(objective)),
+        }
     leave_engines()
     if not first:
         return {}
     report = _evaluate_all(plan, prior, trained, account, echo)
+    for objective in config.objective:
+        write_card(plan.folder(objective), plan.folder(objective))
     _show(report, output, echo)
     echo(f"done in {time.monotonic() - started:.0f} s")
     return report
+
+
+def read_parts(folder: Path) -> dict[str, Any]:
+    """{"parts": what parts.json says of each part} of a trained objective's folder."""
+    file = folder / "parts.json"
+    return {"parts": json.loads(file.read_text(encoding="utf-8"))["parts"]} if file.is_file() else {}
 
 
 def check_sources(config: TrainConfig, examples: Sequence[Example]) -> None:

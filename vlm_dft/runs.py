@@ -41,6 +41,14 @@ PACKAGES = (
 )
 
 
+VARIABLES = re.compile(
+    r"(CUDA|NCCL|GLOO|TORCH|PYTORCH|OMP|MKL|HF_HUB|TRANSFORMERS|ACCELERATE|DS|FSDP|TOKENIZERS|VLM_DFT)_|(LOCAL_)?WORLD_SIZE$"
+)
+SECRET = re.compile(
+    r"TOKEN(?!IZ)|KEY|SECRET|PASSWORD|CREDENTIAL|ENDPOINT|ADDR|HOST|ERROR_FILE|RUN_ID|PATH|CACHE|HOME|DIR"
+)
+
+
 def default_output(config: TrainConfig) -> str:
     """runs/RECIPE-MODEL-OBJECTIVE, each shortened to its last path component."""
     model = Path(config.model).name.lower()
@@ -134,8 +142,31 @@ def versions() -> dict[str, Any]:
         "python": platform.python_version(),
         "commit": _commit(),
         "machine": {"system": platform.system(), "processor": platform.machine(), "cores": os.cpu_count()},
+        "environment": environment(),
         "command": sys.argv,
     }
+
+
+def environment() -> dict[str, Any]:
+    """What a result or its speed may depend on: variables, launcher, GPUs, driver, CUDA. No host's name, no secrets."""
+    variables = {k: v for k, v in sorted(os.environ.items()) if VARIABLES.match(k) and not SECRET.search(k)}
+    found: dict[str, Any] = {"variables": variables, "launcher": _launcher()}
+    if shutil.which("nvidia-smi"):
+        asked = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+        said = subprocess.run(asked, capture_output=True, text=True, check=False, timeout=30).stdout
+        lines = [line.split(", ") for line in said.splitlines() if ", " in line]
+        found |= {"gpus": [line[0] for line in lines], "driver": lines[0][1]} if lines else {}
+    if "torch" in sys.modules:
+        found["cuda"] = sys.modules["torch"].version.cuda
+    return found
+
+
+def _launcher() -> str:
+    if os.environ.get("ACCELERATE_MIXED_PRECISION"):
+        return "accelerate"
+    if os.environ.get("TORCHELASTIC_RUN_ID"):
+        return "torchrun"
+    return "deepspeed" if "WORLD_SIZE" in os.environ and "CROSS_RANK" in os.environ else "python"
 
 
 def write_text(path: Path, text: str) -> None:

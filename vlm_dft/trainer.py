@@ -28,6 +28,8 @@ from vlm_dft.kinds import kind_bits
 from vlm_dft.loss_head import Compatibility, Kl, LossMixin, response_hidden, sample_indices, sample_means
 from vlm_dft.objectives import IGNORE, Objective, find_objective
 from vlm_dft.order import SilentCollator, Split, StepSampler, WithSilentPlaces
+from vlm_dft.parts import Parts, part_rates, split_groups
+from vlm_dft.proof import GradientProof
 from vlm_dft.runs import write_json
 
 WINDOW = "window_{}.pt"  # in a checkpoint, one a process: what it has gathered since the last log
@@ -44,6 +46,7 @@ class DFTTrainer(Trainer):
     off, else `reference` is a frozen copy. cadft: beta of the sample-level factor (0: none); a sample's mean NLL is held
     against those of earlier steps, so that the result does not depend on how a step is split. full_weight: kinds of
     tokens (kinds.KINDS) with w = 1 whatever the objective. sources: ChatCollator's `tag_sources`, for the diagnostics.
+    parts: gives each part its learning rate and weight decay. proof: looks at the gradients of the first steps.
     lengths: tokens of each example, if they are known: the examples of a step are then dealt to micro-batches and processes
     by length. on_alarm: called on the first process with what starves (diagnostics.Alarm), also collected in `alarms`.
     on_activity: called with "training", "evaluating" and "saving" when one of them begins.
@@ -68,6 +71,8 @@ class DFTTrainer(Trainer):
         full_weight: Sequence[str] = (),
         sources: Sequence[str] = (),
         lengths: Sequence[int] | None = None,
+        parts: Parts | None = None,
+        proof: GradientProof | None = None,
         on_alarm: Callable[[Alarm], Any] = lambda alarm: LOGGER.warning(alarm.message),
         on_activity: Callable[[str], Any] = lambda what: None,
         **kwargs: Any,
@@ -92,8 +97,15 @@ class DFTTrainer(Trainer):
             )
         self._check_order()
         self.lengths = lengths
+        plan = getattr(self.args.hf_deepspeed_config, "config", {}) if self.is_deepspeed_enabled else {}
+        if parts is not None and not parts.same_rates() and "optimizer" in plan:
+            raise ModelError(
+                "Parts have rates of their own, which a DeepSpeed engine does not have whose file has an optimizer of its own. Leave "
+                "`optimizer` out of that file: the optimiser is then that of `optim`."
+            )
         self.objective: str | Objective = objective
         self.kl, self.cadft = kl, cadft
+        self.parts, self.proof = parts, proof
         self.reference = None if reference is None else reference.eval().requires_grad_(False)
         self._full_bits = kind_bits(full_weight)
         self.model_accepts_loss_kwargs = True  # so that the supervised tokens of the step are counted
@@ -190,6 +202,27 @@ class DFTTrainer(Trainer):
             if self._head is not None:
                 self._head.in_place, self._head._kept = False, None
 
+    def create_optimizer(self, model: Any = None) -> Any:
+        """The stock optimiser, its groups split by part where parts have rates of their own."""
+        made = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if made and self.parts is not None and not self.parts.same_rates():
+            named: Any = self.model if model is None else model
+            split_groups(optimizer, named, self.parts, self.args.learning_rate)
+        return optimizer
+
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        """Without what the stock names miss: norms of other names than "norm", such as `ln_q` of Qwen2.5-VL's merger."""
+        norms = [f"{name}." for name, module in model.named_modules() if "norm" in type(module).__name__.lower()]
+        return [name for name in super().get_decay_parameter_names(model) if not name.startswith(tuple(norms))]
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """A micro-batch's passes; until every trained part is proved, the gradients are looked at."""
+        if self.proof is None or self.proof.done:
+            return super().training_step(model, inputs, num_items_in_batch)
+        with self.proof.watching(self, inputs):
+            return super().training_step(model, inputs, num_items_in_batch)
+
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -267,6 +300,8 @@ class DFTTrainer(Trainer):
                     found["input_tokens"] = int(self.accelerator.reduce(self._inputs, "sum"))
                 if self._media is not None:
                     found["supervised_media_tokens"] = int(self.accelerator.reduce(self._media, "sum"))
+                if self.parts is not None and "learning_rate" in logs:
+                    found |= part_rates(self.parts, logs["learning_rate"], self.args.learning_rate)
                 logs = {**logs, **found}
                 for alarm in self._starvation.check(self.state.global_step, sums):
                     self.alarms.append(alarm)

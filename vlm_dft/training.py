@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
+from vlm_dft.adapters import quantization_of
 from vlm_dft.arguments import training_arguments_of
 from vlm_dft.benchmarks import load_benchmark
 from vlm_dft.boards import Boards
@@ -21,23 +23,23 @@ from vlm_dft.chat import Example
 from vlm_dft.checkpoints import check_room, expected_bytes, newest_whole
 from vlm_dft.collators import ChatCollator
 from vlm_dft.config import TrainConfig
-from vlm_dft.errors import ModelError
+from vlm_dft.errors import ModelError, RowError
 from vlm_dft.families import find_family, part_of
 from vlm_dft.finishing import finish, finished_lines, read_finished
 from vlm_dft.live import Known, View
+from vlm_dft.locate import base_model, resolve_model
 from vlm_dft.loss_head import Kl, attach_loss, check_loss
 from vlm_dft.models import (
-    add_lora,
     choose_attention,
     device_kind,
-    freeze_parts,
     load_model,
     load_processor,
-    part_table,
 )
 from vlm_dft.pace import Pace
+from vlm_dft.parts import Parts, draw_parts, prepare_parts
 from vlm_dft.progress import Metrics
-from vlm_dft.runs import sweep
+from vlm_dft.proof import GradientProof
+from vlm_dft.runs import sweep, write_json
 from vlm_dft.segment_attention import check_packing, use_segment_attention
 from vlm_dft.sources import MediaAccess
 from vlm_dft.stopping import StopOnSignal, Stopped
@@ -63,7 +65,11 @@ class _Loss(TrainerCallback):
         asked, said = {"role": "user", "content": "Well?"}, {"role": "assistant", "content": "Two red bars: 12."}
         other = collator.apart()
         other.packing, other.tag_sources = False, None
-        self.batch = other([Example([asked, said])])
+        try:
+            self.batch = other([Example([asked, said])])
+        except RowError:  # PaliGemma has no rows without a picture
+            seen = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Well?"}]}
+            self.batch = other([Example([seen, said], images=[Image.new("RGB", (56, 56))])])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         check_loss(model, self.batch)
@@ -96,27 +102,24 @@ def _timing(model: Any) -> dict[str, Any]:
     return {} if found is None else {"tokens_per_second": found}
 
 
-def prepare_model(config: TrainConfig) -> tuple[Any, str]:
-    """The model to train, parts frozen or LoRA added, fused loss attached; and a line on the choices made."""
+def prepare_model(config: TrainConfig) -> tuple[Any, Parts, str]:
+    """The model to train, fused loss attached; its parts, frozen or LoRA added; and a line on the choices made."""
     if config.precision in ("bf16", "pure_bf16") and device_kind() != "cuda":
         raise ModelError(f"precision = {config.precision} needs a GPU, found none. Use precision auto or fp32.")
     attention, reason = choose_attention(config.attention, device_kind(), half=config.precision != "fp32")
     dtype = torch.bfloat16 if config.precision == "pure_bf16" else torch.float32
-    model = load_model(config.model, dtype=dtype, attention=attention)
+    quantization = None
+    if kind := config.parts.get("quantize"):
+        half = device_kind() == "cuda" and config.precision != "fp32"
+        dtype = torch.bfloat16 if half else torch.float32
+        quantization = quantization_of(kind, base_model(resolve_model(config.model)), half)
+    model = load_model(config.model, dtype=dtype, attention=attention, quantization=quantization)
     attach_loss(model)
     if config.collator.get("packing") and attention == "sdpa":
         use_segment_attention(model)
         reason += ", segment by segment in packed rows"
-    trained = set(config.train_parts)
-    if config.lora:
-        model = add_lora(model, config.lora)
-    else:
-        freeze_parts(model, trained)
-    rows = part_table(model)
-    parts = ", ".join(
-        f"{part} {r['trainable']:,} of {r['parameters']:,}" for part, r in rows.items() if r["parameters"]
-    )
-    return model, f"attention {attention} ({reason}); trainable parameters: {parts}; weights {str(dtype)[6:]}"
+    model, parts = prepare_parts(model, config)
+    return model, parts, f"attention {attention} ({reason})"
 
 
 def loss_terms(config: TrainConfig) -> dict[str, Any]:
@@ -195,12 +198,13 @@ def train_objective(
         deepspeed.init_distributed()  # ZeRO-3 splits the weights while they load, and must know the world by then
     processor = load_processor(config.model, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
     set_seed(config.seed)  # LoRA draws its start
-    model, choices = prepare_model(config)
+    model, parts, choices = prepare_model(config)
     sources = list(dict.fromkeys(example.source for example in examples))
     dummy = {"dummy_image": True} if needs_dummy_image(model, arguments, examples) else {}
     collator = make_collator(processor, config, tag_sources=sources, **_timing(model), **dummy)
     if echo is not None:
         echo(f"      {choices}")
+        echo(draw_parts(parts))
         for line in passed_over:
             echo(f"      {line}")
         if dummy:
@@ -211,6 +215,12 @@ def train_objective(
     warning = check_room(folder, size, arguments.save_total_limit) if arguments.should_save else None
     if warning and echo is not None:
         echo(f"      {warning}")
+
+    def proved(found: dict[str, Any]) -> None:
+        if arguments.process_index == 0:
+            write_json(folder / "parts.json", {**parts.as_dict(), "proved": found})
+
+    proved({})
     stop = StopOnSignal()
     view = None
     if echo is not None:
@@ -228,6 +238,8 @@ def train_objective(
         **loss_terms(config),
         sources=sources,
         lengths=lengths,
+        parts=parts,
+        proof=GradientProof(parts, proved),
         on_alarm=metrics.say,
         on_activity=metrics.now,
         callbacks=[
