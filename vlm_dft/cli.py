@@ -22,7 +22,7 @@ TRAIN_FLAGS = {  # the settings that `vlm-dft train --help` names; every other f
     "benchmark": "a card in eval/, or none",
     "output": "the run folder",
     "lora": "rank of LoRA; 0 trains the weights themselves",
-    "engine": "zero2, zero3 or a JSON file",
+    "engine": "zero2, zero3, zero3_offload, fsdp2 or a JSON file",
     "nproc": "training processes, one a GPU",
 }
 INSPECT_SETTINGS = {  # of TrainConfig and ChatCollator, checked as those of `train` are
@@ -39,9 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `vlm-dft`. Returns the exit status: 0, 2 for an error the user can put right, 130 after an interrupt."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
+        given = words
         words, settings = _take_settings(words) if words[:1] == ["train"] else (words, {})
         arguments = _parser().parse_args(words)
-        arguments.settings = settings
+        arguments.settings, arguments.words = settings, given
         return int(arguments.run(arguments) or 0)
     except UserError as error:
         message = str(error)
@@ -77,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in TRAIN_FLAGS.items():
         train.add_argument(f"--{name}", help=text, dest="processes" if name == "nproc" else name)
     train.add_argument("--dry-run", action="store_true", help="print the resolved run; load and download nothing")
+    train.add_argument("--json", metavar="FILE", help="write the report, or the numbers of the dry run, here too")
     train.set_defaults(run=_train)
 
     evaluate = commands.add_parser("evaluate", help="evaluate a model on a benchmark")
@@ -148,17 +150,29 @@ def _train(arguments: argparse.Namespace) -> int:
     ]
     config = resolve_config(*layers)
 
-    from vlm_dft.preflight import check_run, describe_run
+    from vlm_dft.preflight import check_run
 
+    _check_writable(arguments.json, "--json")
     plan = check_run(config, dry_run=arguments.dry_run)
     if arguments.dry_run:
-        print(describe_run(plan))
+        from vlm_dft import dry_run
+
+        found = dry_run.look_ahead(plan, arguments.words)
+        print(dry_run.describe(plan, found))
+        _write_json(arguments.json, found)
         return 0
     _quiet()
     from vlm_dft.pipeline import run
 
-    run(plan, echo=_echo)
+    _write_json(arguments.json, run(plan, echo=_echo))
     return 0
+
+
+def _write_json(path: str | None, found: Mapping[str, Any]) -> None:
+    if path and found:  # of several processes only the first has a report
+        from vlm_dft.runs import write_json
+
+        write_json(Path(path), found)
 
 
 def _take_settings(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -171,9 +185,9 @@ def _take_settings(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     k = 0
     while k < len(words):
         name, equals, value = words[k].removeprefix("--").partition("=")
-        if not words[k].startswith("--") or name in (*TRAIN_FLAGS, "dry-run", "help"):
+        if not words[k].startswith("--") or name in (*TRAIN_FLAGS, "json", "dry-run", "help"):
             kept.append(words[k])
-            if words[k].startswith("--") and name in TRAIN_FLAGS and not equals and k + 1 < len(words):
+            if words[k].startswith("--") and name in (*TRAIN_FLAGS, "json") and not equals and k + 1 < len(words):
                 k += 1
                 kept.append(words[k])
         else:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from vlm_dft.cards import nearest
+from vlm_dft.contradictions import check_together
 from vlm_dft.errors import CardError, ConfigError
 from vlm_dft.families import PARTS
 from vlm_dft.objectives import canonical
@@ -45,7 +46,7 @@ class TrainConfig:
     precision: str = "auto"
     "auto: bf16 autocast over fp32 master weights on a GPU, fp32 elsewhere; fp32; bf16; pure_bf16 (no master weights)."
     attention: str | None = None
-    "An attn_implementation of transformers; null chooses flash-attn where it works, else sdpa."
+    "sdpa, eager, flash_attention_2 or flash_attention_3; null chooses flash-attn where it is installed and fits, else sdpa."
     seed: int = 0
     "Of the data order and of everything random."
     epochs: float = 1.0
@@ -65,7 +66,7 @@ class TrainConfig:
     processes: int = 1
     "Training processes (GPUs); set by scripts/train_qwenvl.sh from NPROC."
     engine: str | None = None
-    "What several processes share: null (DDP), or zero2, zero3, zero3_offload, fsdp2 of scripts/engines/, or a .json of one's own."
+    "What several processes share: null (DDP), zero2, zero3, zero3_offload, fsdp2 (scripts/engines/), or a .json of one's own."
     parts: dict[str, Any] = field(default_factory=dict)
     "train_parts (vision, merger, language, head), their PART_learning_rate and PART_weight_decay; lora_alpha, lora_dropout, lora_parts, "
     "lora_targets, quantize; recompute (the parts whose activations are computed again in the backward pass)."
@@ -122,7 +123,8 @@ OWNED_BY_US = {  # HF name -> ours: two names for one setting would contradict e
     "label_smoothing_factor": "nothing: smoothed labels are not DFT",
     "gradient_checkpointing": "activation_checkpointing", "save_strategy": "save_steps",
     "eval_strategy": "nothing: the run is evaluated when it is trained", "load_best_model_at_end": "nothing: the last is kept",
-    "dataloader_drop_last": "nothing: every row is used", "use_cpu": "nothing: a GPU is used where there is one",
+    "dataloader_drop_last": "nothing: every row is used", "deepspeed": "engine", "fsdp": "engine", "fsdp_config": "engine",
+    "auto_find_batch_size": "micro_batch", "use_cpu": "nothing: a GPU is used where there is one",
 }  # fmt: skip
 
 
@@ -212,12 +214,7 @@ def _check(config: TrainConfig) -> None:
         raise ConfigError(f"limit must be positive or null, found {config.limit}.")
     if config.lora < 0 or not 0 <= config.warmup < 1:
         raise ConfigError("lora must not be negative, and warmup must lie in [0, 1).")
-    one_pass = config.micro_batch * config.processes
-    if config.batch_size % one_pass:
-        raise ConfigError(
-            f"batch_size = {config.batch_size} is not a multiple of micro_batch x processes = {config.micro_batch} x "
-            f"{config.processes} = {one_pass}. Nearest: {max(one_pass, config.batch_size // one_pass * one_pass)}."
-        )
+    check_together(config)
 
 
 def _of_group(group: str, name: str, value: Any, where: str) -> Any:

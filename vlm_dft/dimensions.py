@@ -150,7 +150,9 @@ def _vision(model: Dimensions) -> Shapes:
     found: Shapes = {"model.visual.patch_embed.proj.weight": (width, channels, *patch)}
     for k in range(int(sizes["depth"])):
         at = f"model.visual.blocks.{k}"
-        found |= _linear(f"{at}.attn.qkv", width, 3 * width, bias=True) | _linear(f"{at}.attn.proj", width, width, bias=True)
+        found |= _linear(f"{at}.attn.qkv", width, 3 * width, bias=True) | _linear(
+            f"{at}.attn.proj", width, width, bias=True
+        )
         found |= BLOCKS[model.model_type](at, *vision_width(model))
     return found | MERGERS[model.model_type](model)
 

@@ -20,13 +20,24 @@ from vlm_dft.errors import ConfigError, ModelError
 Kind = Literal["ddp", "deepspeed", "fsdp"]
 
 FOLDERS = (PACKAGE / "_cards/engines", PACKAGE.parent / "scripts/engines")
-DEEPSPEED_KEYS = ("zero_optimization", "bf16", "fp16", "gradient_clipping", "train_batch_size", "zero_allow_untested_optimizer")
+DEEPSPEED_KEYS = (
+    "zero_optimization",
+    "bf16",
+    "fp16",
+    "gradient_clipping",
+    "train_batch_size",
+    "zero_allow_untested_optimizer",
+)
 SIZES = {  # DeepSpeed's names for what follows from the width of the residual stream, as transformers fills them
     "reduce_bucket_size": lambda width: width * width,
     "stage3_prefetch_bucket_size": lambda width: int(0.9 * width * width),
     "stage3_param_persistence_threshold": lambda width: 10 * width,
 }
-CLASSES = {"ddp": ("NO", "MULTI_CPU", "MULTI_GPU"), "deepspeed": ("DEEPSPEED",), "fsdp": ("FSDP",)}  # accelerate's names
+CLASSES = {
+    "ddp": ("NO", "MULTI_CPU", "MULTI_GPU"),
+    "deepspeed": ("DEEPSPEED",),
+    "fsdp": ("FSDP",),
+}  # accelerate's names
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +85,11 @@ def find_engine(name: str | None) -> Engine:
         raise ModelError(f"Engine {path}: expected JSON, found something else ({error}).") from error
     kind = _kind(settings)
     if kind is None:
-        said = f"the keys {', '.join(list(settings)[:6]) or 'none'}" if isinstance(settings, dict) else f"a {type(settings).__name__}"
+        said = (
+            f"the keys {', '.join(list(settings)[:6]) or 'none'}"
+            if isinstance(settings, dict)
+            else f"a {type(settings).__name__}"
+        )
         raise ModelError(
             f"Engine {path}: expected a DeepSpeed configuration (with zero_optimization) or an FSDP one (with fsdp and "
             f"fsdp_config), found {said}."
@@ -100,11 +115,6 @@ def check_engine(config: TrainConfig) -> Engine:
             f"quantize with engine {engine.name}: a quantised base is not split over processes. Leave out engine: adapters are "
             "small, and DDP trains them."
         )
-    if config.loss.get("kl") and not config.lora:
-        raise ConfigError(
-            "kl without LoRA keeps a whole copy of the starting model, which no engine shards. Use LORA=RANK (the "
-            "reference is then the model without its adapters), or leave out engine."
-        )
     (_check_deepspeed if engine.kind == "deepspeed" else _check_fsdp)(engine, config)
     return engine
 
@@ -128,10 +138,14 @@ def _check_deepspeed(engine: Engine, config: TrainConfig) -> None:
             "Use precision auto, or engine fsdp2."
         )
     if settings.get("tensor_parallel"):
-        raise _refuse(engine, "tensor_parallel", settings["tensor_parallel"], "none: every process takes examples of its own")
+        raise _refuse(
+            engine, "tensor_parallel", settings["tensor_parallel"], "none: every process takes examples of its own"
+        )
     for key, expected in _batch(config).items():
         if settings.get(key, "auto") not in ("auto", expected):
-            raise _refuse(engine, key, settings[key], f'"auto", or {expected} as batch_size, micro_batch and processes have it')
+            raise _refuse(
+                engine, key, settings[key], f'"auto", or {expected} as batch_size, micro_batch and processes have it'
+            )
     clipping, ours = settings.get("gradient_clipping", "auto"), float(config.trainer.get("max_grad_norm", 1.0))
     if clipping not in ("auto", ours):
         raise _refuse(engine, "gradient_clipping", clipping, f'"auto", or {ours} as max_grad_norm')
@@ -142,7 +156,10 @@ def _check_deepspeed(engine: Engine, config: TrainConfig) -> None:
             raise _refuse(engine, f"{key}.enabled", found, f'"auto": precision = {config.precision} decides')
     if engine.stage == 3 and engine.zero.get("stage3_gather_16bit_weights_on_model_save", True) is not True:
         raise _refuse(
-            engine, "stage3_gather_16bit_weights_on_model_save", False, "true: a checkpoint would hold no weights to load"
+            engine,
+            "stage3_gather_16bit_weights_on_model_save",
+            False,
+            "true: a checkpoint would hold no weights to load",
         )
     _check_blocks(engine, config)
     optim = str(config.trainer.get("optim", "adamw_torch"))
@@ -157,23 +174,40 @@ def _check_blocks(engine: Engine, config: TrainConfig) -> None:
     """An optimizer or scheduler block of a DeepSpeed file: taken where it says what the run says, else refused."""
     block = engine.settings.get("optimizer")
     if block is not None:
-        if block.get("type") not in ("Adam", "AdamW") or not str(config.trainer.get("optim", "adamw_torch")).startswith("adamw"):
+        if block.get("type") not in ("Adam", "AdamW") or not str(config.trainer.get("optim", "adamw_torch")).startswith(
+            "adamw"
+        ):
             raise _refuse(
-                engine, "optimizer.type", block.get("type"), "AdamW, which `optim` chooses; leave the block out, and set optim"
+                engine,
+                "optimizer.type",
+                block.get("type"),
+                "AdamW, which `optim` chooses; leave the block out, and set optim",
             )
         ours = {
             "lr": config.learning_rate, "eps": float(config.trainer.get("adam_epsilon", 1e-8)),
             "betas": [float(config.trainer.get("adam_beta1", 0.9)), float(config.trainer.get("adam_beta2", 0.95))],
             "weight_decay": float(config.trainer.get("weight_decay", 0.01)),
         }  # fmt: skip
-        names = {"lr": "learning_rate", "eps": "adam_epsilon", "betas": "adam_beta1 and adam_beta2", "weight_decay": "weight_decay"}
+        names = {
+            "lr": "learning_rate",
+            "eps": "adam_epsilon",
+            "betas": "adam_beta1 and adam_beta2",
+            "weight_decay": "weight_decay",
+        }
         for key, found in block.get("params", {}).items():
-            if key in ours and found not in ("auto", ours[key]) and list(found if key == "betas" else [found]) != ours[key]:
+            if (
+                key in ours
+                and found not in ("auto", ours[key])
+                and list(found if key == "betas" else [found]) != ours[key]
+            ):
                 raise _refuse(engine, f"optimizer.params.{key}", found, f'"auto", or {ours[key]} as {names[key]}')
     schedule = engine.settings.get("scheduler")
     if schedule is not None:
         raise _refuse(
-            engine, "scheduler", schedule.get("type"), "no scheduler: lr_scheduler_type, learning_rate and warmup say it"
+            engine,
+            "scheduler",
+            schedule.get("type"),
+            "no scheduler: lr_scheduler_type, learning_rate and warmup say it",
         )
 
 
@@ -188,7 +222,14 @@ def _check_fsdp(engine: Engine, config: TrainConfig) -> None:
     if settings.get("activation_checkpointing"):
         raise _refuse(engine, "fsdp_config.activation_checkpointing", True, "none: `recompute` says which parts")
     if config.processes < 2:
-        raise ConfigError(f"engine = {engine.name} splits the model over processes, found 1. Set NPROC=, or leave out engine.")
+        raise ConfigError(
+            f"engine = {engine.name} splits the model over processes, found 1. Set NPROC=, or leave out engine."
+        )
+    if config.precision == "pure_bf16" and config.lora:
+        raise ConfigError(
+            f"precision = pure_bf16 with lora and engine {engine.name}: adapters are fp32, and FSDP2 splits no layer of two "
+            "precisions. Use precision auto."
+        )
 
 
 def _batch(config: TrainConfig) -> dict[str, int]:
@@ -207,7 +248,11 @@ def filled(engine: Engine, config: TrainConfig, width: int | None, *, half: bool
     """
     settings: dict[str, Any] = json.loads(json.dumps(engine.settings))
     if engine.kind == "fsdp":
-        options = settings["fsdp_config"] = {"version": 2, "state_dict_type": "FULL_STATE_DICT", **settings["fsdp_config"]}
+        options = settings["fsdp_config"] = {
+            "version": 2,
+            "state_dict_type": "FULL_STATE_DICT",
+            **settings["fsdp_config"],
+        }
         if options.get("transformer_layer_cls_to_wrap") in (None, "auto", []):
             options.pop("transformer_layer_cls_to_wrap", None)  # layer_classes finds them in the model
     if engine.kind != "deepspeed":
@@ -256,6 +301,14 @@ def layer_classes(model: Any) -> list[str]:
             "fsdp_config.transformer_layer_cls_to_wrap."
         )
     return list(found)
+
+
+def check_devices(engine: Engine, device: str) -> None:
+    """Whether the engine can run on this kind of device, before a model is loaded for it. Raises ModelError."""
+    if engine.kind == "fsdp" and device != "cuda":
+        raise ModelError(
+            f"engine = {engine.name} needs GPUs, found none: accelerate takes FSDP on GPUs alone. Use DDP or zero3."
+        )
 
 
 def check_runs(engine: Engine, found: str) -> None:

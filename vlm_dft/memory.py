@@ -135,7 +135,9 @@ def vision_bytes(model: Dimensions, mode: Mode) -> int:
     return a * width + b * inner + norms + 4 * int(model.vision["num_heads"])
 
 
-def activations(config: TrainConfig, model: Dimensions, micro: Micro, mode: Mode, recompute: set[str]) -> dict[str, int]:
+def activations(
+    config: TrainConfig, model: Dimensions, micro: Micro, mode: Mode, recompute: set[str]
+) -> dict[str, int]:
     """{item: bytes} kept between forward and backward pass of one micro-batch."""
     family = find_family(model.model_type)
     trained = {part_of(name, family) for name in trained_shapes(config, model)}
@@ -144,7 +146,9 @@ def activations(config: TrainConfig, model: Dimensions, micro: Micro, mode: Mode
     if trained & {"vision", "merger", "language"}:
         layers = language_bytes(model, mode) * micro.tokens
         found["language"] = (
-            model.layers * micro.tokens * model.hidden * stream + layers if "language" in recompute else model.layers * layers
+            model.layers * micro.tokens * model.hidden * stream + layers
+            if "language" in recompute
+            else model.layers * layers
         )
         found["embeddings and last norm"] = micro.tokens * (4 * model.hidden * stream + 8 * model.head_dim)
     if trained & {"vision", "merger"}:
@@ -163,7 +167,13 @@ def activations(config: TrainConfig, model: Dimensions, micro: Micro, mode: Mode
 
 
 def estimate(
-    config: TrainConfig, model: Dimensions, engine: Engine, settings: Mapping[str, Any], micro: Micro, *, gpu: bool = True
+    config: TrainConfig,
+    model: Dimensions,
+    engine: Engine,
+    settings: Mapping[str, Any],
+    micro: Micro,
+    *,
+    gpu: bool = True,
 ) -> Memory:
     """The bytes that one process needs. settings: the engine's, filled; gpu: as on a GPU (bf16 where precision is auto)."""
     mode, world, notes = precision_of(config, engine, gpu=gpu), config.processes, list[str]()
@@ -194,7 +204,11 @@ def estimate(
     items |= {f"activations: {name}": size for name, size in activations(config, model, micro, mode, recompute).items()}
     rows = min(TILE_ROWS, micro.tokens) if gpu else min(240, micro.tokens)
     tile = model.vocabulary * rows * (4 if mode == "fp32" else 6)
-    head = model.vocabulary * model.hidden * 4 if {"lm_head.weight", "model.language_model.embed_tokens.weight"} & set(trained) else 0
+    head = (
+        model.vocabulary * model.hidden * 4
+        if {"lm_head.weight", "model.language_model.embed_tokens.weight"} & set(trained)
+        else 0
+    )
     items["logits: a tile of the head, and the head's gradient"] = tile + head + 2 * micro.tokens * model.hidden * 4
     return Memory({name: int(size) for name, size in items.items() if size}, int(host), tuple(notes))
 
@@ -220,7 +234,9 @@ def _shared(
         found = {name: size / world for name, size in found.items()}
         return ({}, sum(found.values())) if engine.offloads("param") else (found, 0.0)
     stage = engine.stage
-    own = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0}.get(str(settings.get("data_types", {}).get("grad_accum_dtype")), weight)
+    own = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0}.get(
+        str(settings.get("data_types", {}).get("grad_accum_dtype")), weight
+    )
     found = {
         "weights": weights / (world if stage == 3 else 1),
         "gradients": trained * own / (world if stage >= 2 else 1),
@@ -273,6 +289,4 @@ def largest_micro_batch(config: TrainConfig, model: Dimensions, media: int | Non
         media, said = 1280, "images of 1 megapixel assumed, set max_pixels to be sure"
     media = min(media, most)
     packed = 1 if config.collator.get("packing") else config.micro_batch
-    return Micro(packed * most, packed * media), f"{packed} x {most:,} tokens, {media:,} of them of images ({said})"
-
-
+    return Micro(packed * most, packed * media), f"{packed} x {most:,} tokens, {media:,} of each of images ({said})"

@@ -11,14 +11,16 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from vlm_dft.arguments import training_arguments_of
+from vlm_dft.arguments import fit_fsdp, training_arguments_of
 from vlm_dft.chat import Example
 from vlm_dft.collators import ChatCollator
 from vlm_dft.config import TrainConfig
+from vlm_dft.engines import check_devices, check_runs, find_engine
 from vlm_dft.errors import ModelError
 from vlm_dft.loss_head import Kl, attach_loss, check_loss
 from vlm_dft.models import (
     add_lora,
+    check_precision,
     choose_attention,
     device_kind,
     freeze_parts,
@@ -86,9 +88,8 @@ def _timing(model: Any) -> dict[str, Any]:
 
 def prepare_model(config: TrainConfig) -> tuple[Any, str]:
     """The model to train, parts frozen or LoRA added, fused loss attached; and a line on the choices made."""
-    if config.precision in ("bf16", "pure_bf16") and device_kind() != "cuda":
-        raise ModelError(f"precision = {config.precision} needs a GPU, found none. Use precision auto or fp32.")
-    attention, reason = choose_attention(config.attention, device_kind(), half=config.precision != "fp32")
+    check_precision(config.precision)
+    attention, reason = choose_attention(config.attention, device_kind(), config.precision != "fp32", config.model)
     dtype = torch.bfloat16 if config.precision == "pure_bf16" else torch.float32
     model = load_model(config.model, dtype=dtype, attention=attention)
     attach_loss(model)
@@ -144,6 +145,7 @@ def train_objective(
         raise ModelError(
             "Several GPUs in one process would mean DataParallel. Start one process per GPU: NPROC=<GPUs>."
         )
+    check_devices(find_engine(config.engine), device_kind())
     if arguments.deepspeed:
         import deepspeed
 
@@ -151,6 +153,7 @@ def train_objective(
     processor = load_processor(config.model, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
     set_seed(config.seed)  # LoRA draws its start
     model, choices = prepare_model(config)
+    fit_fsdp(arguments, model)
     sources = list(dict.fromkeys(example.source for example in examples))
     collator = make_collator(processor, config, tag_sources=sources, **_timing(model))
     if echo is not None:
@@ -170,6 +173,7 @@ def train_objective(
         on_alarm=metrics.say,
         callbacks=[metrics, _Loss(collator), *([_Packing(collator)] if collator.packing else [])],
     )
+    check_runs(find_engine(config.engine), trainer.accelerator.distributed_type.name)
     metrics.alarms = trainer.alarms
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=str(last) if last else None)
