@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +28,7 @@ DEEPSPEED_KEYS = (
     "train_batch_size",
     "zero_allow_untested_optimizer",
 )
-SIZES = {  # DeepSpeed's names for what follows from the width of the residual stream, as transformers fills them
+SIZES: dict[str, Callable[[int], int]] = {  # DeepSpeed's names for what follows from the width of the residual stream, as transformers fills them
     "reduce_bucket_size": lambda width: width * width,
     "stage3_prefetch_bucket_size": lambda width: int(0.9 * width * width),
     "stage3_param_persistence_threshold": lambda width: 10 * width,
@@ -64,7 +64,7 @@ class Engine:
         """Whether optimiser states or parameters are kept in the host's memory."""
         if self.kind == "fsdp":
             return bool(self.settings["fsdp_config"].get("cpu_offload", False))
-        return self.zero.get(f"offload_{what}", {}).get("device", "none") != "none"
+        return str(self.zero.get(f"offload_{what}", {}).get("device", "none")) != "none"
 
 
 DDP = Engine("ddp", "ddp", {}, None)

@@ -106,7 +106,7 @@ def _obstacle(attention: str, device: str, half: bool, model: str) -> str | None
         return f"it is made for {said}, this one has {'.'.join(map(str, capability))}"
     try:  # an installed package may still lack its compiled part
         if attention == "flash_attention_3":
-            from flash_attn_interface import flash_attn_varlen_func  # type: ignore[import-not-found] # noqa: F401
+            from flash_attn_interface import flash_attn_varlen_func  # type: ignore[import-not-found]
         else:
             from flash_attn import flash_attn_varlen_func  # noqa: F401
     except ImportError as error:
