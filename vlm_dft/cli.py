@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from vlm_dft import __version__
 from vlm_dft.errors import RowError, UserError, printable
 
+HOLD_BACK = 3.0  # seconds
 ENDED_BY_USER = 130  # the shell's exit status for an interrupt
 TRAIN_FLAGS = {  # the settings that `vlm-dft train --help` names; every other field is a flag too
     "model": "'tiny', a folder, or a hub id",
@@ -48,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = str(error)
         if "Original Traceback" in message:  # a data loader's worker sends its own along
             message = message.rsplit(f"{type(error).__name__}: ", 1)[-1].rstrip()
-        print(f"error: {printable(message)}", file=sys.stderr)
+        print(f"error{_held_back()}: {printable(message)}", file=sys.stderr)
         if isinstance(error, RowError) and words[:1] == ["train"]:
             print(
                 "`vlm-dft inspect` shows rows with their tokens or what is wrong with them (-n, --start).",
@@ -58,6 +60,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nInterrupted. The same command continues from the last checkpoint.", file=sys.stderr)
         return ENDED_BY_USER
+
+
+def _held_back() -> str:
+    """Wait, in every process of a node but its first, before an error is shown: one that all have is shown by the first alone,
+    whose end ends the others. Returns which process this is, if it is still there."""
+    rank, world = int(os.environ.get("RANK", "0")), os.environ.get("WORLD_SIZE", "1")
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        return "" if rank == 0 else f" (process {rank} of {world})"
+    sys.stdout.flush()
+    time.sleep(HOLD_BACK)
+    return f" (process {rank} of {world})"
 
 
 def _parser() -> argparse.ArgumentParser:
