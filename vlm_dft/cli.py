@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any
 from vlm_dft import __version__
 from vlm_dft.errors import RowError, UserError, printable
 
-HOLD_BACK = 3.0  # seconds
+STALE = 600  # seconds after which another launch may have had the same number
 ENDED_BY_USER = 130  # the shell's exit status for an interrupt
 TRAIN_FLAGS = {  # the settings that `vlm-dft train --help` names; every other field is a flag too
     "model": "'tiny', a folder, or a hub id",
@@ -50,7 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = str(error)
         if "Original Traceback" in message:  # a data loader's worker sends its own along
             message = message.rsplit(f"{type(error).__name__}: ", 1)[-1].rstrip()
-        print(f"error{_held_back()}: {printable(message)}", file=sys.stderr)
+        if not _first_to_say(message):
+            return 2
+        rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+        who = "" if rank == "0" else f" (process {rank} of {world})"
+        print(f"error{who}: {printable(message)}", file=sys.stderr)
         if isinstance(error, RowError) and words[:1] == ["train"]:
             print(
                 "`vlm-dft inspect` shows rows with their tokens or what is wrong with them (-n, --start).",
@@ -62,15 +68,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return ENDED_BY_USER
 
 
-def _held_back() -> str:
-    """Wait, in every process of a node but its first, before an error is shown: one that all have is shown by the first alone,
-    whose end ends the others. Returns which process this is, if it is still there."""
-    rank, world = int(os.environ.get("RANK", "0")), os.environ.get("WORLD_SIZE", "1")
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-        return "" if rank == 0 else f" (process {rank} of {world})"
-    sys.stdout.flush()
-    time.sleep(HOLD_BACK)
-    return f" (process {rank} of {world})"
+def _first_to_say(message: str) -> bool:
+    """Whether no other process of this launch has shown this error: what all of them meet is shown once."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return True
+    launch = [str(os.getppid()), *(os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "MASTER_PORT"))]
+    digest = hashlib.sha256("\n".join([*launch, message]).encode()).hexdigest()[:16]
+    said = Path(tempfile.gettempdir()) / f"vlm-dft-error-{digest}"
+    try:
+        said.touch(exist_ok=False)
+    except FileExistsError:
+        return time.time() - said.stat().st_mtime > STALE
+    except OSError:
+        return True
+    return True
 
 
 def _parser() -> argparse.ArgumentParser:
