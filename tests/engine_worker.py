@@ -14,6 +14,7 @@ import socket
 import sys
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,9 @@ def work(rank: int, group: dict[str, Any], port: int, out: str) -> None:
 
     training.DFTTrainer.__init__, training.prepare_model = remember, prepared  # type: ignore[method-assign]
     for name, settings in group["runs"].items():
+        half = settings.pop("bf16", False)
         config = resolve_config(("test", {"processes": processes, **settings}))
+        config = replace(config, trainer={**config.trainer, "bf16": half})  # as precision auto has it on a GPU
         training.train_objective(config, "dft", examples, folder / name)
         if rank == 0:
             torch.save(seen[-1].found, folder / f"{name}.pt")

@@ -19,11 +19,23 @@ from vlm_dft.errors import ConfigError
         ({"lora_alpha": 32, "lora_dropout": 0.1}, "lora_alpha, lora_dropout without lora.*they could apply"),
         ({"lora_parts": "vision"}, "lora_parts without lora"),
         ({"lora_targets": "x"}, "lora_targets without lora"),
-        ({"lora": 4, "train_parts": "language"}, r"language is in train_parts and in lora_parts \(language unless set\)"),
-        ({"lora": 4, "train_parts": "merger", "lora_parts": "vision,merger"}, "merger is in train_parts and in lora_parts: trained whole"),
-        ({"vision_learning_rate": 1e-5}, r"vision_learning_rate = 1e-05, but vision is not trained. Found train_parts = \['language', 'head'\]"),
+        (
+            {"lora": 4, "train_parts": "language"},
+            r"language is in train_parts and in lora_parts \(language unless set\)",
+        ),
+        (
+            {"lora": 4, "train_parts": "merger", "lora_parts": "vision,merger"},
+            "merger is in train_parts and in lora_parts: trained whole",
+        ),
+        (
+            {"vision_learning_rate": 1e-5},
+            r"vision_learning_rate = 1e-05, but vision is not trained. Found train_parts = \['language', 'head'\]",
+        ),
         ({"merger_weight_decay": 0.1, "lora": 4}, r"merger is not trained.*lora_parts = \['language'\]"),
-        ({"recompute": "vision", "activation_checkpointing": False}, "recompute = .'vision'. and activation_checkpointing = False contradict"),
+        (
+            {"recompute": "vision", "activation_checkpointing": False},
+            "recompute = .'vision'. and activation_checkpointing = False contradict",
+        ),
         ({"recompute": "none", "activation_checkpointing": True}, "contradict each other"),
         ({"patience": 2}, "patience without evaluate_every"),
         ({"watch_limit": 10}, "watch_limit without evaluate_every"),

@@ -38,7 +38,12 @@ def test_the_shipped_engines_are_these() -> None:
     folder = Path(__file__).parent.parent / "scripts/engines"
     assert sorted(path.stem for path in folder.glob("*.json")) == sorted(SHIPPED)
     kinds = {name: (find_engine(name).kind, find_engine(name).stage) for name in SHIPPED}
-    assert kinds == {"zero2": ("deepspeed", 2), "zero3": ("deepspeed", 3), "zero3_offload": ("deepspeed", 3), "fsdp2": ("fsdp", 0)}
+    assert kinds == {
+        "zero2": ("deepspeed", 2),
+        "zero3": ("deepspeed", 3),
+        "zero3_offload": ("deepspeed", 3),
+        "fsdp2": ("fsdp", 0),
+    }
     assert find_engine("zero3_offload").offloads("optimizer") and find_engine("zero3_offload").offloads("param")
     assert not find_engine("zero3").offloads("optimizer")
     assert find_engine(None).kind == "ddp"
@@ -51,13 +56,19 @@ def test_a_shipped_engine_resolves_with_the_batch_that_was_asked_for(
 ) -> None:
     """Eight GPUs, and two nodes of eight: processes x micro-batch x accumulation is the global batch."""
     config = resolve(
-        engine=name, processes=processes, micro_batch=micro_batch, batch_size=batch_size, model="Qwen/Qwen2.5-VL-7B-Instruct"
+        engine=name,
+        processes=processes,
+        micro_batch=micro_batch,
+        batch_size=batch_size,
+        model="Qwen/Qwen2.5-VL-7B-Instruct",
     )
     settings = filled(check_engine(config), config, 3584, half=True)
     assert autos(settings) == []
     assert processes * micro_batch * config.accumulation == batch_size
     if "zero_optimization" in settings:
-        found = [settings[k] for k in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")]
+        found = [
+            settings[k] for k in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
+        ]
         assert found == [micro_batch, config.accumulation, batch_size]
         assert settings["bf16"]["enabled"] is True and settings["fp16"]["enabled"] is False
         assert settings["data_types"]["grad_accum_dtype"] == "fp32"  # micro-batches add up in fp32
@@ -100,8 +111,14 @@ def test_the_trainer_s_arguments_hold_the_filled_settings(tmp_path: Path) -> Non
             {**ZERO, "optimizer": {"type": "AdamW", "params": {"betas": [0.9, 0.999]}}},
             r"optimizer.params.betas = \[0.9, 0.999\], expected \"auto\", or \[0.9, 0.95\] as adam_beta1 and adam_beta2",
         ),
-        ({**ZERO, "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}, "optimizer.params.lr = 0.001.*or 5e-05 as learning_rate"),
-        ({**ZERO, "scheduler": {"type": "WarmupLR"}}, 'scheduler = "WarmupLR", expected no scheduler: lr_scheduler_type'),
+        (
+            {**ZERO, "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}},
+            "optimizer.params.lr = 0.001.*or 5e-05 as learning_rate",
+        ),
+        (
+            {**ZERO, "scheduler": {"type": "WarmupLR"}},
+            'scheduler = "WarmupLR", expected no scheduler: lr_scheduler_type',
+        ),
         ({**ZERO, "tensor_parallel": {"autotp_size": 2}}, "tensor_parallel.*expected none"),
         (
             {"zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": False}},
@@ -112,7 +129,10 @@ def test_the_trainer_s_arguments_hold_the_filled_settings(tmp_path: Path) -> Non
             {"fsdp": True, "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}},
             "state_dict_type.*expected .FULL_STATE_DICT.: a checkpoint in shards",
         ),
-        ({"fsdp": True, "fsdp_config": {"activation_checkpointing": True}}, "expected none: `recompute` says which parts"),
+        (
+            {"fsdp": True, "fsdp_config": {"activation_checkpointing": True}},
+            "expected none: `recompute` says which parts",
+        ),
     ],
     ids=lambda value: value[:40] if isinstance(value, str) else "",
 )
@@ -150,7 +170,9 @@ def test_an_engine_that_does_not_fit_the_run_is_refused(settings: dict[str, Any]
 
 def test_deepspeed_that_is_not_installed_is_said_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModelError, match=r"not installed. Run: pip install 'vlm-dft\[deepspeed\]', or use engine fsdp2"):
+    with pytest.raises(
+        ModelError, match=r"not installed. Run: pip install 'vlm-dft\[deepspeed\]', or use engine fsdp2"
+    ):
         check_engine(resolve(engine="zero2"))
     check_engine(resolve(engine="fsdp2", processes=2))
 

@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +89,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         again = {f"{name} resumed": settings for name, settings in runs.items()}
         groups.append({"engine": engine, "processes": 2, "runs": runs})
         groups.append(
-            {"engine": engine, "processes": 2, "runs": again, "resume": {f"{name} resumed": f"{name}/checkpoint-2" for name in runs}}
+            {
+                "engine": engine,
+                "processes": 2,
+                "runs": again,
+                "resume": {f"{name} resumed": f"{name}/checkpoint-2" for name in runs},
+            }
         )
     said = ended(start(str(ROOT / "tests/engine_worker.py"), str(folder), json.dumps(groups)), 350)
     if not said.endswith("exit code 0"):
@@ -143,12 +147,16 @@ def test_the_engines_end_where_ddp_ends(engine: str, folder: Path) -> None:
     start = {k: p.detach() for k, p in load_model("tiny").named_parameters()}
     ends = [found_in(folder, name)["weights"] for name in ("ddp", engine)]
     moved = sum(((ends[0][k] - start[k]) ** 2).sum() for k in start)
-    assert sum(((ends[0][k] - ends[1][k]) ** 2).sum() for k in start) < (0.03**2) * moved  # AdamW doubles rounding's sign
+    assert (
+        sum(((ends[0][k] - ends[1][k]) ** 2).sum() for k in start) < (0.03**2) * moved
+    )  # AdamW doubles rounding's sign
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_moments_take_the_bytes_that_the_estimate_says(engine: str, folder: Path) -> None:
-    config = resolve_config(("test", {**SETTINGS, **WHOLE, "processes": 2, **({} if engine == "ddp" else {"engine": engine})}))
+    config = resolve_config(
+        ("test", {**SETTINGS, **WHOLE, "processes": 2, **({} if engine == "ddp" else {"engine": engine})})
+    )
     model = dimensions_of("tiny")
     assert model is not None
     chosen = check_engine(config)
@@ -160,7 +168,11 @@ def test_moments_take_the_bytes_that_the_estimate_says(engine: str, folder: Path
 @pytest.mark.parametrize("engine", ["zero2", "zero3"])
 def test_deepspeed_was_given_the_batch_and_the_filled_sizes(engine: str, folder: Path) -> None:
     settings = found_in(folder, engine)["deepspeed"]
-    assert (settings["train_batch_size"], settings["train_micro_batch_size_per_gpu"], settings["gradient_accumulation_steps"]) == (8, 2, 2)
+    assert (
+        settings["train_batch_size"],
+        settings["train_micro_batch_size_per_gpu"],
+        settings["gradient_accumulation_steps"],
+    ) == (8, 2, 2)
     assert "auto" not in json.dumps(settings)
     if engine == "zero3":
         assert settings["zero_optimization"]["reduce_bucket_size"] == 128 * 128
@@ -172,7 +184,19 @@ def test_deepspeed_was_given_the_batch_and_the_filled_sizes(engine: str, folder:
 def test_two_nodes_train_one_model(tmp_path: Path) -> None:
     """Two agents of torchrun on one machine, as scripts/train_qwenvl.sh starts them: NNODES=2 NODE_RANK=0 and 1."""
     port = free_port()
-    words = ["-m", "vlm_dft.cli", "train", "--processes", "2", "--recipe", "drawn", "--benchmark", "none", "--output", "run"]
+    words = [
+        "-m",
+        "vlm_dft.cli",
+        "train",
+        "--processes",
+        "2",
+        "--recipe",
+        "drawn",
+        "--benchmark",
+        "none",
+        "--output",
+        "run",
+    ]
     words += "--limit 16 --batch_size 8 --micro_batch 2 --max_steps 2".split()
     agents = [
         start(
@@ -191,8 +215,17 @@ def test_two_nodes_train_one_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("everyone", ["", "1"], ids=["one process", "all processes"])
 def test_an_error_in_one_process_ends_all_and_is_shown_once(everyone: str, tmp_path: Path) -> None:
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "tests/failing_worker.py")]
-    said = ended(start(*words, str(tmp_path / "run"), ALL=everyone), 120)  # the other process would sleep for ten minutes
+    words = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        str(ROOT / "tests/failing_worker.py"),
+    ]
+    said = ended(
+        start(*words, str(tmp_path / "run"), ALL=everyone), 120
+    )  # the other process would sleep for ten minutes
     assert said.count("row 7 holds a picture of nothing") == 1
     assert everyone or "error (process 1 of 2): row 7" in said
     assert not said.endswith("exit code 0")
@@ -210,7 +243,16 @@ def test_each_shipped_engine_dry_runs_at_the_paper_s_size(tmp_path: Path) -> Non
 
     for engine, processes in (("zero2", 8), ("zero3", 8), ("zero3_offload", 1), ("fsdp2", 8), ("zero3", 16)):
         file = tmp_path / f"{engine}{processes}.json"
-        words = ["--model", "Qwen/Qwen2.5-VL-7B-Instruct", "--recipe", "wethink", "--engine", engine, "--nproc", str(processes)]
+        words = [
+            "--model",
+            "Qwen/Qwen2.5-VL-7B-Instruct",
+            "--recipe",
+            "wethink",
+            "--engine",
+            engine,
+            "--nproc",
+            str(processes),
+        ]
         assert main(["train", *words, "--dry-run", "--json", str(file)]) == 0
         found = json.loads(file.read_text())
         batch = found["batch"]

@@ -176,7 +176,13 @@ def small(family: str, layers: int, depth: int, width: int = 64, inner: int = 19
         "qwen2_5_vl": {"intermediate_size": 80, "out_hidden_size": width, "fullatt_block_indexes": [*range(depth)]},
         "qwen3_vl": {"intermediate_size": 80, "out_hidden_size": width, "deepstack_visual_indexes": [], "num_position_embeddings": 16},
     }[family]  # fmt: skip
-    ids = {"image_token_id": 499, "video_token_id": 498, "vision_start_token_id": 497, "bos_token_id": 1, "eos_token_id": 2}
+    ids = {
+        "image_token_id": 499,
+        "video_token_id": 498,
+        "vision_start_token_id": 497,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
     config = AutoConfig.for_model(family, text_config=text, vision_config=vision, tie_word_embeddings=False, **ids)
     torch.manual_seed(0)
     sizes = read_dimensions({**config.to_dict(), "text_config": text, "vision_config": vision}, "here")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -30,7 +31,11 @@ def check_together(config: TrainConfig) -> None:
 def _attention(config: TrainConfig) -> None:
     if config.attention is None:
         return
-    if config.attention not in ATTENTIONS:
+    models = sys.modules.get(
+        "transformers.modeling_utils"
+    )  # where it is imported, a program may have registered its own
+    registered = models.ALL_ATTENTION_FUNCTIONS.valid_keys() if models else ()
+    if config.attention not in (*ATTENTIONS, *registered):
         raise ConfigError(
             f"attention: unknown {config.attention!r}.{nearest(config.attention, ATTENTIONS)} Expected one of "
             f"{', '.join(ATTENTIONS)}, or null to choose."

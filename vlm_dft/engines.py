@@ -28,7 +28,9 @@ DEEPSPEED_KEYS = (
     "train_batch_size",
     "zero_allow_untested_optimizer",
 )
-SIZES: dict[str, Callable[[int], int]] = {  # DeepSpeed's names for what follows from the width of the residual stream, as transformers fills them
+SIZES: dict[
+    str, Callable[[int], int]
+] = {  # DeepSpeed's names for what follows from the width of the residual stream, as transformers fills them
     "reduce_bucket_size": lambda width: width * width,
     "stage3_prefetch_bucket_size": lambda width: int(0.9 * width * width),
     "stage3_param_persistence_threshold": lambda width: 10 * width,

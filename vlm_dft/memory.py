@@ -159,14 +159,20 @@ def activations(
         block, depth = vision_bytes(model, mode) * patches, int(model.vision["depth"])
         inputs = depth * patches * width * (4 if mode == "fp32" else 2)
         found["vision"] = inputs + block if "vision" in recompute else depth * block
-        found["vision"] += patches * (8 * width // heads if mode == "fp32" else 4 * width // heads + 2 * patch_values(model))
+        found["vision"] += patches * (
+            8 * width // heads if mode == "fp32" else 4 * width // heads + 2 * patch_values(model)
+        )
     return found
 
 
 def patch_values(model: Dimensions) -> int:
     """Numbers of a picture in one patch."""
     sizes = model.vision
-    return int(sizes.get("in_channels", 3)) * int(sizes.get("temporal_patch_size", 2)) * int(sizes.get("patch_size", 14)) ** 2
+    return (
+        int(sizes.get("in_channels", 3))
+        * int(sizes.get("temporal_patch_size", 2))
+        * int(sizes.get("patch_size", 14)) ** 2
+    )
 
 
 def estimate(
