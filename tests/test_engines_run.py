@@ -87,7 +87,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if engine in ("zero3", "fsdp2"):
             runs[f"{engine} lora"] = {**SETTINGS, "lora": 4, **named}
         again = {f"{name} resumed": settings for name, settings in runs.items()}
-        groups.append({"engine": engine, "processes": 2, "runs": runs})
+        half = {"fsdp2 bf16": {**SETTINGS, **WHOLE, **named, "max_steps": 2, "bf16": True}} if engine == "fsdp2" else {}
+        groups.append({"engine": engine, "processes": 2, "runs": {**runs, **half}})
         groups.append(
             {
                 "engine": engine,
@@ -150,6 +151,13 @@ def test_the_engines_end_where_ddp_ends(engine: str, folder: Path) -> None:
     assert (
         sum(((ends[0][k] - ends[1][k]) ** 2).sum() for k in start) < (0.03**2) * moved
     )  # AdamW doubles rounding's sign
+
+
+def test_fsdp_in_bf16_stays_near_fp32_and_keeps_fp32_weights(folder: Path) -> None:
+    """Its layers are gathered in bf16; what the loss is given (numbers of targets, weights) and the sums stay fp32."""
+    half, full = losses(folder, "fsdp2 bf16"), losses(folder, "ddp")
+    assert half[1] != full[1] and [half[k] for k in (1, 2)] == pytest.approx([full[k] for k in (1, 2)], rel=0.02)
+    assert {p.dtype for p in found_in(folder, "fsdp2 bf16")["weights"].values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("engine", ENGINES)
