@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 
 from vlm_dft.config import TrainConfig
 from vlm_dft.dimensions import dimensions_of
-from vlm_dft.engines import Engine, check_engine, filled, layer_classes, trainer_words
+from vlm_dft.engines import Engine, check_engine, check_installed, filled, layer_classes, trainer_words
 from vlm_dft.locate import base_model, resolve_model
 from vlm_dft.models import device_kind
 
@@ -20,6 +20,7 @@ def training_arguments_of(config: TrainConfig, folder: Path, n_examples: int) ->
     """transformers' arguments of a run: ours, then the config's pass-through, which wins where it is set."""
     steps, gpu = config.steps(n_examples), device_kind() == "cuda"
     engine, half = check_engine(config), gpu and config.precision in ("auto", "bf16")
+    check_installed(engine)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
     ours: dict[str, Any] = {
         "output_dir": str(folder),

@@ -126,11 +126,6 @@ def _refuse(engine: Engine, key: str, found: Any, expected: str) -> ConfigError:
 
 
 def _check_deepspeed(engine: Engine, config: TrainConfig) -> None:
-    if importlib.util.find_spec("deepspeed") is None:
-        raise ModelError(
-            f"engine = {engine.name} needs DeepSpeed, which is not installed. Run: pip install 'vlm-dft[deepspeed]', or use "
-            "engine fsdp2, which needs nothing more."
-        )
     settings = engine.settings
     if engine.stage not in (0, 1, 2, 3):
         raise _refuse(engine, "zero_optimization.stage", engine.zero.get("stage"), "0, 1, 2 or 3")
@@ -303,6 +298,15 @@ def layer_classes(model: Any) -> list[str]:
             "fsdp_config.transformer_layer_cls_to_wrap."
         )
     return list(found)
+
+
+def check_installed(engine: Engine) -> None:
+    """Whether what the engine needs is installed; not asked by a dry run, which may be on another machine. Raises ModelError."""
+    if engine.kind == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
+        raise ModelError(
+            f"engine = {engine.name} needs DeepSpeed, which is not installed. Run: pip install 'vlm-dft[deepspeed]', or use "
+            "engine fsdp2, which needs nothing more."
+        )
 
 
 def check_devices(engine: Engine, device: str) -> None:

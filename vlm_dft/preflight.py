@@ -10,7 +10,7 @@ from typing import Any
 
 from vlm_dft.benchmarks import read_benchmark
 from vlm_dft.config import TrainConfig
-from vlm_dft.engines import Engine, check_devices, check_engine
+from vlm_dft.engines import Engine, check_devices, check_engine, check_installed
 from vlm_dft.errors import CardError, ConfigError, ModelError
 from vlm_dft.locate import resolve_model
 from vlm_dft.recipes import read_recipe, recipe_root
@@ -48,9 +48,10 @@ def check_run(config: TrainConfig, *, dry_run: bool = False) -> Plan:
         raise ConfigError(
             "evaluate_every needs a benchmark, and the recipe names none. Set BENCHMARK=, or leave it out."
         )
-    _check_installed(config)
     if dry_run:
         return Plan(config, recipe, benchmark)
+    check_installed(engine)
+    _check_installed(config)
     if world != config.processes:
         raise ConfigError(
             f"nproc is {config.processes}, but {world} processes run. Start with NPROC={config.processes} "
