@@ -5,13 +5,18 @@
 #   OBJECTIVE=dft,nll bash scripts/train_qwenvl.sh    DFT and plain SFT from the same start, compared
 #   MODEL=Qwen/Qwen2.5-VL-3B-Instruct RECIPE=wethink ENGINE=zero2 NPROC=8 bash scripts/train_qwenvl.sh
 #                                                     the paper's setting: 8 GPUs of 80 GB, 1 epoch, lr 5e-5
+#   ENGINE=zero3_offload NPROC=1 ... or ENGINE=fsdp2 NPROC=8 ...    other engines: scripts/engines/
+#   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 NPROC=8 ...           on each of two nodes, NODE_RANK=1 on the other (torchrun)
+#   HOSTFILE=hosts ENGINE=zero3 ...                                 on the first node alone (DeepSpeed's launcher, by ssh)
 #
 # Variables, all optional (unset ones are decided by the recipe and by vlm_dft/config.py):
 #   MODEL      tiny, a hub id or a folder (tiny)          OUTPUT     the run folder (runs/...)
 #   RECIPE     what to train on (drawn)                   LORA       rank of a low-rank adapter (train all weights)
-#   DATA       where the recipe's files lie               NPROC      processes, one a GPU (1)
-#   OBJECTIVE  dft, nll, floor ..., or several (dft)      ENGINE     zero2, zero3 or your own .json (none)
+#   DATA       where the recipe's files lie               NPROC      processes of this node, one a GPU (1)
+#   OBJECTIVE  dft, nll, floor ..., or several (dft)      ENGINE     zero2, zero3, zero3_offload, fsdp2, your own .json (none: DDP)
 #   BENCHMARK  what to evaluate on (the recipe's own)     EXTRA      more words for `vlm-dft train`
+# Several nodes: NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT (29500); or HOSTFILE, lines of `name slots=8`. OUTPUT must then lie
+# on a disk that all nodes share, and this checkout and its environment at the same path on each.
 # Words after the script's name go to `vlm-dft train` too: --dry-run prints the resolved run and stops.
 #
 # Result: a table (base and trained: accuracy, standard error, count) and, in OUTPUT, the checkpoint, report.json and
@@ -23,20 +28,53 @@ train=(train "$@")
 for name in MODEL RECIPE DATA OBJECTIVE BENCHMARK OUTPUT LORA ENGINE; do
   [[ -z ${!name:-} ]] || train+=("--$(tr '[:upper:]' '[:lower:]' <<<"$name")" "${!name}")
 done
-[[ -z ${NPROC:-} ]] || train+=(--processes "$NPROC") # torchrun would take --nproc for its own
 read -ra extra <<<"${EXTRA:-}"
+
+port=${MASTER_PORT:-29500} needs=() launch=(vlm-dft)
+[[ ${NNODES:-1}${NPROC:-1}${NODE_RANK:-0}$port =~ ^[0-9]+$ && ${NNODES:-1} != 0 && ${NPROC:-1} != 0 ]] ||
+  die "Expected whole numbers. Found NNODES=${NNODES:-1} NPROC=${NPROC:-1} NODE_RANK=${NODE_RANK:-0} MASTER_PORT=$port."
+processes=$((${NPROC:-1} * ${NNODES:-1}))
+if [[ -n ${HOSTFILE:-} ]]; then
+  [[ -z ${NNODES:-}${NODE_RANK:-} ]] || die "HOSTFILE names the nodes: leave out NNODES and NODE_RANK."
+  [[ -f $HOSTFILE ]] || die "No file at HOSTFILE=$HOSTFILE. Expected lines of \`name slots=8\`, one a node."
+  processes=$(awk '!/^[ \t]*(#|$)/ { if ($2 !~ /^slots=[1-9][0-9]*$/) { n = 0; exit }; sub("slots=", "", $2); n += $2 }
+    END { print n + 0 }' "$HOSTFILE")
+  ((processes > 0)) || die "Expected lines of \`name slots=8\` in HOSTFILE=$HOSTFILE, one a node. Found others, or none."
+  [[ ${NPROC:-$processes} == "$processes" ]] || die "HOSTFILE has $processes slots, NPROC says $NPROC. Leave out NPROC."
+elif ((${NNODES:-1} > 1)); then
+  [[ -n ${NODE_RANK:-} && -n ${MASTER_ADDR:-} ]] ||
+    die "NNODES=$NNODES needs NODE_RANK (0 to $((NNODES - 1)), another on each node) and MASTER_ADDR (of node 0)."
+  ((NODE_RANK < NNODES)) || die "NODE_RANK=$NODE_RANK, expected 0 to $((NNODES - 1)): NNODES=$NNODES."
+elif [[ ${NODE_RANK:-0} != 0 ]]; then
+  die "NODE_RANK=$NODE_RANK without NNODES. Say how many nodes there are: NNODES=."
+fi
+[[ -z ${NPROC:-}${NNODES:-}${HOSTFILE:-} ]] || train+=(--processes "$processes") # torchrun would take --nproc for its own
 train+=(${extra[@]+"${extra[@]}"})
 
-launch=(vlm-dft)
-needs=()
 if [[ " ${train[*]} " != *" --dry-run "* ]]; then
-  [[ -z ${ENGINE:-} ]] || needs=(deepspeed)
-  if [[ ${NPROC:-1} != 1 || -n ${ENGINE:-} ]]; then # DeepSpeed wants its launcher for one process too
+  if [[ -n ${HOSTFILE:-} ]]; then # this launcher starts processes of any engine
+    launch=(deepspeed --hostfile "$HOSTFILE" --master_port "$port" --no_local_rank --module vlm_dft.cli)
+    [[ -z ${MASTER_ADDR:-} ]] || launch=("${launch[0]}" --master_addr "$MASTER_ADDR" "${launch[@]:1}")
+    needs=(deepspeed)
+  elif ((${NNODES:-1} > 1)); then
+    launch=(torchrun --nnodes "$NNODES" --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" --master_port "$port")
+    launch+=(--nproc_per_node "${NPROC:-1}" -m vlm_dft.cli)
+  elif [[ ${NPROC:-1} != 1 || -n ${ENGINE:-} ]]; then # DeepSpeed wants its launcher for one process too
     launch=(torchrun --standalone --nproc_per_node "${NPROC:-1}" -m vlm_dft.cli)
   fi
+  [[ -z ${ENGINE:-} || $ENGINE == fsdp2 ]] || grep -qs '"fsdp_config"' "$ENGINE" || needs=(deepspeed)
 fi
 
 set_up ${needs[@]+"${needs[@]}"}
 export TOKENIZERS_PARALLELISM=false # said once here, or tokenizers warn whenever the data loader forks
 printf '+ %s\n' "${launch[*]} ${train[*]}" >&2
+if [[ ${launch[0]} == deepspeed ]]; then # by ssh, which carries no variables over: the launcher reads them from this file
+  DS_ENV_FILE=$(mktemp)
+  export DS_ENV_FILE
+  trap 'rm -f "$DS_ENV_FILE"' EXIT
+  carried='HF_|NCCL_|GLOO_|VLM_DFT_|WANDB_|OMP_|DS_ACCELERATOR|TOKENIZERS_'
+  env | grep -E "^($carried)[A-Z0-9_]*=" >"$DS_ENV_FILE"
+  "${launch[@]}" "${train[@]}"
+  exit
+fi
 exec "${launch[@]}" "${train[@]}"

@@ -43,7 +43,7 @@ def test_the_dry_run_prints_the_papers_setting_and_writes_nothing(
     ):
         assert line in out
     assert "8 processes x 1 examples x 16 accumulated = 128" in out
-    assert '"stage": 2' in out and "nothing was loaded or downloaded" in out
+    assert '"stage": 2' in out and "no model was loaded, nothing was downloaded" in out
     assert not list(tmp_path.iterdir())
 
 
@@ -60,7 +60,7 @@ def test_the_dry_run_imports_neither_torch_nor_transformers() -> None:
         (["--recipe", "drawn_niosy"], "Unknown recipe 'drawn_niosy'. Did you mean 'drawn_noisy'?"),
         (["--benchmark", "tabmpw"], "Unknown benchmark 'tabmpw'. Did you mean 'tabmwp'?"),
         (["--learning_rte", "1"], "unknown setting 'learning_rte'. Did you mean 'learning_rate'?"),
-        (["--engine", "zero9"], "No DeepSpeed configuration 'zero9'"),
+        (["--engine", "zero9"], "No engine 'zero9'. Did you mean"),
         (["--recipe", "tabmwp"], "Say where they are: --data DIR"),
         (["--recipe", "tabmwp", "--data", "nowhere"], "no data folder at 'nowhere'"),
         (["--model", "nowhere"], "No model at 'nowhere'"),

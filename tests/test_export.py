@@ -234,8 +234,8 @@ def test_a_run_stands_for_its_best_checkpoint_else_for_its_last(adapted: Path, t
     assert find_source(str(adapted / "checkpoint-1")).checkpoint.name == "checkpoint-1"
     run = tmp_path / "run"
     shutil.copytree(adapted, run)
-    file = run / "checkpoint-3" / "trainer_state.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "best_global_step": 2}))
+    file = run / "finished.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "checkpoint": "checkpoint-2"}))
     assert find_source(str(run)).checkpoint.name == "checkpoint-2"
     (tmp_path / "both").mkdir()
     shutil.copytree(adapted, tmp_path / "both" / "dft")

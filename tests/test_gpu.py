@@ -1,5 +1,9 @@
 """What only a GPU can show: bf16 products accumulated in fp32, and a step under bf16 autocast with flash-attn or sdpa."""
 
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +12,7 @@ import torch
 
 from vlm_dft import OBJECTIVES, Anchor, fused_linear_loss
 from vlm_dft.config import resolve_config
+from vlm_dft.models import choose_attention
 from vlm_dft.progress import read_metrics
 from vlm_dft.training import train_objective
 
@@ -67,3 +72,51 @@ def test_memory_on_the_gpu_does_not_grow_with_the_rows() -> None:
         peaks.append(torch.cuda.max_memory_allocated() - before)
         weight.grad = None
     assert peaks[1] < 1.1 * peaks[0]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3", "zero3_offload", "fsdp2"])
+def test_an_engine_trains_on_gpus_saves_and_resumes(engine: str, tmp_path: Path) -> None:
+    """On two GPUs where there are two; ZeRO-3 with offload compiles DeepSpeedCPUAdam at first. Resumed: the losses go on."""
+    processes = min(2, torch.cuda.device_count())
+    if engine == "fsdp2" and processes < 2:
+        pytest.skip("FSDP2 splits a model over two GPUs or more")
+    if engine.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    words = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        str(processes),
+        "-m",
+        "vlm_dft.cli",
+        "train",
+    ]
+    words += (
+        f"--processes {processes} --recipe drawn --limit 24 --benchmark none --batch_size 8 --micro_batch 2".split()
+    )
+    words += "--max_steps 4 --save_steps 2 --logging_steps 1 --output run".split() + (
+        [] if engine == "ddp" else ["--engine", engine]
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+    losses = []
+    for _ in range(2):
+        subprocess.run([sys.executable, *words], cwd=tmp_path, env=environment, check=True, timeout=500)
+        rows = read_metrics(tmp_path / "run/metrics.jsonl")
+        losses.append([row["loss"] for row in rows if row["step"] > 2])
+        shutil.rmtree(tmp_path / "run/checkpoint-4")
+        (tmp_path / "run/report.json").unlink()
+    assert len(losses[0]) == 2 and losses[1] == pytest.approx(
+        losses[0], rel=1e-2
+    )  # kernels of a GPU may add in any order
+
+
+def test_the_attention_chosen_for_this_gpu_is_flash_attn_where_it_imports() -> None:
+    try:
+        from flash_attn import flash_attn_varlen_func  # noqa: F401
+    except ImportError:
+        assert choose_attention(None, "cuda", True, "tiny")[0] == "sdpa"
+    else:
+        new = torch.cuda.get_device_capability() >= (8, 0)
+        assert choose_attention(None, "cuda", True, "tiny")[0] == ("flash_attention_2" if new else "sdpa")

@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(path.relative_to(ROOT) for path in (*ROOT.glob("scripts/*.sh"), ROOT / ".ci/run"))
-TOOLS = "bash dirname awk grep tail tr paste mkdir rm touch mktemp cp sleep".split()
+TOOLS = "bash dirname awk env grep tail tr paste mkdir rm touch mktemp cp sleep".split()
 
 # Behaves as the environment variables say, and writes down what it was asked.
 PYTHON = f"""#!{shutil.which("bash")}
@@ -233,11 +233,18 @@ def front_door(machine: Machine, arguments: str, **settings: str) -> list[str]:
     env = machine.repo.parent / "env"
     write_program(env / "bin/python", PYTHON)
     (env / "bin/done").touch()
-    for program in ("vlm-dft", "torchrun"):
+    for program in ("vlm-dft", "torchrun", "deepspeed"):
         write_program(env / f"bin/{program}", f'#!{shutil.which("bash")}\nprintf "%s\\n" {program} "$@"\n')
     done = machine.run(f"bash scripts/train_qwenvl.sh {arguments}", VIRTUAL_ENV=str(env), **settings)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
+
+
+def refused(machine: Machine, **settings: str) -> str:
+    """What train_qwenvl.sh says before it ends without having set up or started anything."""
+    done = machine.run("bash scripts/train_qwenvl.sh", **settings)
+    assert done.returncode == 1 and machine.asked.read_text() == ""
+    return done.stderr
 
 
 def test_front_door_leaves_what_is_not_set_to_the_program(machine: Machine) -> None:
@@ -268,10 +275,106 @@ def test_front_door_passes_variables_and_words_on(machine: Machine) -> None:
             {"ENGINE": "zero3"},
             "torchrun --standalone --nproc_per_node 1 -m vlm_dft.cli train --engine zero3",
         ),
+        (
+            {"ENGINE": "zero3_offload", "NPROC": "8"},
+            "torchrun --standalone --nproc_per_node 8 -m vlm_dft.cli train --engine zero3_offload --processes 8",
+        ),
+        (
+            {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "NPROC": "8", "ENGINE": "fsdp2"},
+            "torchrun --nnodes 2 --node_rank 1 --master_addr 10.0.0.1 --master_port 29500 --nproc_per_node 8 -m vlm_dft.cli "
+            "train --engine fsdp2 --processes 16",
+        ),
+        (
+            {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29733"},
+            "torchrun --nnodes 2 --node_rank 0 --master_addr 127.0.0.1 --master_port 29733 --nproc_per_node 1 -m vlm_dft.cli "
+            "train --processes 2",
+        ),
     ],
 )
 def test_front_door_launches_several_processes(machine: Machine, settings: dict[str, str], expected: str) -> None:
     assert front_door(machine, "", **settings) == expected.split()
+
+
+def test_front_door_starts_the_nodes_of_a_hostfile(machine: Machine) -> None:
+    (machine.repo / "hosts").write_text("# two nodes\nworker-0 slots=8\n\nworker-1 slots=4\n")
+    words = front_door(machine, "", HOSTFILE="hosts", ENGINE="fsdp2", MASTER_ADDR="10.0.0.1", HF_TOKEN="secret")
+    assert (
+        words
+        == (
+            "deepspeed --master_addr 10.0.0.1 --hostfile hosts --master_port 29500 --no_local_rank --module vlm_dft.cli "
+            "train --engine fsdp2 --processes 12"
+        ).split()
+    )
+
+
+def test_deepspeed_s_launcher_is_given_the_variables_that_ssh_does_not_carry(machine: Machine) -> None:
+    (machine.repo / "hosts").write_text("worker-0 slots=2\n")
+    env = machine.repo.parent / "env"
+    front_door(machine, "", HOSTFILE="hosts")  # makes env
+    shown = machine.repo.parent / "shown"
+    write_program(
+        env / "bin/deepspeed",
+        f'#!{shutil.which("bash")}\necho "$DS_ENV_FILE" >{shown}; grep . "$DS_ENV_FILE" >>{shown}; exit 3\n',
+    )
+    done = machine.run(
+        "bash scripts/train_qwenvl.sh", VIRTUAL_ENV=str(env), HOSTFILE="hosts", HF_HUB_OFFLINE="1", SECRET="x"
+    )
+    file, *lines = shown.read_text().splitlines()
+    assert done.returncode == 3 and sorted(lines) == ["HF_HUB_OFFLINE=1", "TOKENIZERS_PARALLELISM=false"]
+    assert not Path(file).exists()
+
+
+def test_deepspeed_s_launcher_takes_the_words(tmp_path: Path) -> None:
+    runner = pytest.importorskip("deepspeed.launcher.runner")
+    words = "--master_addr a --hostfile h --master_port 29500 --no_local_rank --module vlm_dft.cli train --engine zero3".split()
+    parsed = runner.parse_args(words)
+    assert parsed.module and parsed.no_local_rank and parsed.user_script == "vlm_dft.cli"
+    assert parsed.user_args == ["train", "--engine", "zero3"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"NNODES": "2"}, "NNODES=2 needs NODE_RANK (0 to 1, another on each node) and MASTER_ADDR (of node 0)."),
+        ({"NNODES": "2", "NODE_RANK": "0"}, "needs NODE_RANK (0 to 1, another on each node) and MASTER_ADDR"),
+        ({"NNODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "a"}, "NODE_RANK=2, expected 0 to 1: NNODES=2."),
+        ({"NODE_RANK": "1"}, "NODE_RANK=1 without NNODES."),
+        ({"NPROC": "all"}, "Expected whole numbers. Found NNODES=1 NPROC=all"),
+        ({"NPROC": "0"}, "Expected whole numbers. Found NNODES=1 NPROC=0"),
+        ({"HOSTFILE": "nowhere"}, "No file at HOSTFILE=nowhere."),
+        ({"HOSTFILE": "bad"}, "Expected lines of `name slots=8` in HOSTFILE=bad"),
+        ({"HOSTFILE": "good", "NNODES": "2"}, "HOSTFILE names the nodes: leave out NNODES"),
+        ({"HOSTFILE": "good", "NPROC": "4"}, "HOSTFILE has 8 slots, NPROC says 4. Leave out NPROC."),
+    ],
+    ids=lambda value: " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
+)
+def test_variables_of_several_nodes_that_do_not_fit_are_refused(
+    machine: Machine, settings: dict[str, str], said: str
+) -> None:
+    (machine.repo / "good").write_text("worker-0 slots=8\n")
+    (machine.repo / "bad").write_text("worker-0 slots=8\nworker-1 8\n")
+    assert said in refused(machine, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "extras"),
+    [
+        ({}, ""),
+        ({"NPROC": "8"}, ""),
+        ({"ENGINE": "fsdp2", "NPROC": "8"}, ""),
+        ({"ENGINE": "fsdp.json"}, ""),
+        ({"ENGINE": "zero3_offload"}, "[deepspeed]"),
+        ({"ENGINE": "zero.json"}, "[deepspeed]"),
+        ({"HOSTFILE": "hosts", "ENGINE": "fsdp2"}, "[deepspeed]"),
+    ],
+    ids=lambda value: " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
+)
+def test_deepspeed_is_installed_for_what_needs_it(machine: Machine, settings: dict[str, str], extras: str) -> None:
+    (machine.repo / "hosts").write_text("worker-0 slots=2\n")
+    (machine.repo / "fsdp.json").write_text('{"fsdp": true, "fsdp_config": {}}')
+    (machine.repo / "zero.json").write_text('{"zero_optimization": {"stage": 1}}')
+    machine.run("bash scripts/train_qwenvl.sh", **settings)
+    assert [call.split()[-1] for call in machine.pip_calls()] == [f"{machine.repo}{extras}"]
 
 
 def test_torchrun_takes_none_of_our_words_for_its_own(machine: Machine) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import sys
+import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ from typing import Any
 from vlm_dft import __version__
 from vlm_dft.errors import RowError, UserError, printable
 
+STALE = 600  # seconds after which another launch may have had the same number
 ENDED_BY_USER = 130  # the shell's exit status for an interrupt
 TRAIN_FLAGS = {  # the settings that `vlm-dft train --help` names; every other field is a flag too
     "model": "'tiny', a folder, or a hub id",
@@ -22,7 +26,7 @@ TRAIN_FLAGS = {  # the settings that `vlm-dft train --help` names; every other f
     "benchmark": "a card in eval/, or none",
     "output": "the run folder",
     "lora": "rank of LoRA; 0 trains the weights themselves",
-    "engine": "zero2, zero3 or a JSON file",
+    "engine": "zero2, zero3, zero3_offload, fsdp2 or a JSON file",
     "nproc": "training processes, one a GPU",
 }
 INSPECT_SETTINGS = {  # of TrainConfig and ChatCollator, checked as those of `train` are
@@ -39,9 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `vlm-dft`. Returns the exit status: 0, 2 for an error the user can put right, 130 after an interrupt, 143 after SIGTERM."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
+        given = words
         words, settings = _take_settings(words) if words[:1] == ["train"] else (words, {})
         arguments = _parser().parse_args(words)
-        arguments.settings = settings
+        arguments.settings, arguments.words = settings, given
         return int(arguments.run(arguments) or 0)
     except UserError as error:
         if hasattr(error, "status"):  # stopped by a signal: not a mistake
@@ -51,7 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = str(error)
         if "Original Traceback" in message:  # a data loader's worker sends its own along
             message = message.rsplit(f"{type(error).__name__}: ", 1)[-1].rstrip()
-        print(f"error: {printable(message)}", file=sys.stderr)
+        if not _first_to_say(message):
+            return 2
+        rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+        who = "" if rank == "0" else f" (process {rank} of {world})"
+        print(f"error{who}: {printable(message)}", file=sys.stderr)
         if isinstance(error, RowError) and words[:1] == ["train"]:
             print(
                 "`vlm-dft inspect` shows rows with their tokens or what is wrong with them (-n, --start).",
@@ -61,6 +70,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nInterrupted. The same command continues from the last checkpoint.", file=sys.stderr)
         return ENDED_BY_USER
+
+
+def _first_to_say(message: str) -> bool:
+    """Whether no other process of this launch has shown this error: what all of them meet is shown once."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return True
+    launch = [str(os.getppid()), *(os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "MASTER_PORT"))]
+    digest = hashlib.sha256("\n".join([*launch, message]).encode()).hexdigest()[:16]
+    said = Path(tempfile.gettempdir()) / f"vlm-dft-error-{digest}"
+    try:
+        said.touch(exist_ok=False)
+    except FileExistsError:
+        return time.time() - said.stat().st_mtime > STALE
+    except OSError:
+        return True
+    return True
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -82,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in TRAIN_FLAGS.items():
         train.add_argument(f"--{name}", help=text, dest="processes" if name == "nproc" else name)
     train.add_argument("--dry-run", action="store_true", help="print the resolved run; load and download nothing")
+    train.add_argument("--json", metavar="FILE", help="write the report, or the numbers of the dry run, here too")
     train.set_defaults(run=_train)
 
     evaluate = commands.add_parser("evaluate", help="evaluate a model on a benchmark")
@@ -167,17 +193,29 @@ def _train(arguments: argparse.Namespace) -> int:
     ]
     config = resolve_config(*layers)
 
-    from vlm_dft.preflight import check_run, describe_run
+    from vlm_dft.preflight import check_run
 
+    _check_writable(arguments.json, "--json")
     plan = check_run(config, dry_run=arguments.dry_run)
     if arguments.dry_run:
-        print(describe_run(plan))
+        from vlm_dft import dry_run
+
+        found = dry_run.look_ahead(plan, arguments.words)
+        print(dry_run.describe(plan, found))
+        _write_json(arguments.json, found)
         return 0
     _quiet()
     from vlm_dft.pipeline import run
 
-    run(plan, echo=_echo)
+    _write_json(arguments.json, run(plan, echo=_echo))
     return 0
+
+
+def _write_json(path: str | None, found: Mapping[str, Any]) -> None:
+    if path and found:  # of several processes only the first has a report
+        from vlm_dft.runs import write_json
+
+        write_json(Path(path), found)
 
 
 def _take_settings(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -190,9 +228,9 @@ def _take_settings(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     k = 0
     while k < len(words):
         name, equals, value = words[k].removeprefix("--").partition("=")
-        if not words[k].startswith("--") or name in (*TRAIN_FLAGS, "dry-run", "help"):
+        if not words[k].startswith("--") or name in (*TRAIN_FLAGS, "json", "dry-run", "help"):
             kept.append(words[k])
-            if words[k].startswith("--") and name in TRAIN_FLAGS and not equals and k + 1 < len(words):
+            if words[k].startswith("--") and name in (*TRAIN_FLAGS, "json") and not equals and k + 1 < len(words):
                 k += 1
                 kept.append(words[k])
         else:

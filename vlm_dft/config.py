@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from vlm_dft.cards import nearest
+from vlm_dft.contradictions import check_together
 from vlm_dft.errors import CardError, ConfigError
 from vlm_dft.families import PARTS
 from vlm_dft.objectives import canonical
@@ -46,7 +47,7 @@ class TrainConfig:
     precision: str = "auto"
     "auto: bf16 autocast over fp32 master weights on a GPU, fp32 elsewhere; fp32; bf16; pure_bf16 (no master weights)."
     attention: str | None = None
-    "An attn_implementation of transformers; null chooses flash-attn where it works, else sdpa."
+    "sdpa, eager, flash_attention_2 or flash_attention_3; null chooses flash-attn where it is installed and fits, else sdpa."
     seed: int = 0
     "Of the data order and of everything random."
     epochs: float = 1.0
@@ -66,7 +67,7 @@ class TrainConfig:
     processes: int = 1
     "Training processes (GPUs); set by scripts/train_qwenvl.sh from NPROC."
     engine: str | None = None
-    "What several processes share: null (DDP), or zero2, zero3, zero3_offload, fsdp2 of scripts/engines/, or a .json of one's own."
+    "What several processes share: null (DDP), zero2, zero3, zero3_offload, fsdp2 (scripts/engines/), or a .json of one's own."
     parts: dict[str, Any] = field(default_factory=dict)
     "train_parts (vision, merger, language, head), their PART_learning_rate and PART_weight_decay; lora_alpha, lora_dropout, lora_parts, "
     "lora_targets, quantize; recompute (the parts whose activations are computed again in the backward pass)."
@@ -124,7 +125,8 @@ OWNED_BY_US = {  # HF name -> ours: two names for one setting would contradict e
     "gradient_checkpointing": "activation_checkpointing", "save_strategy": "save_steps",
     "save_only_model": "nothing: a checkpoint without the optimiser's state cannot be continued",
     "eval_strategy": "evaluate_every", "load_best_model_at_end": "keep_best", "metric_for_best_model": "keep_best",
-    "dataloader_drop_last": "nothing: every row is used", "use_cpu": "nothing: a GPU is used where there is one",
+    "dataloader_drop_last": "nothing: every row is used", "deepspeed": "engine", "fsdp": "engine", "fsdp_config": "engine",
+    "auto_find_batch_size": "micro_batch", "use_cpu": "nothing: a GPU is used where there is one",
 }  # fmt: skip
 
 
@@ -203,17 +205,8 @@ def _check(config: TrainConfig) -> None:
             "kl without LoRA keeps a whole copy of the starting model, which no engine shards. Use LORA=RANK (the "
             "reference is then the model without its adapters), or leave out engine."
         )
-    watched = [name for name in ("watch_limit", "keep_best", "patience") if config.evaluation.get(name)]
-    if watched and not config.evaluation.get("evaluate_every"):
-        raise ConfigError(
-            f"{watched[0]} = {config.evaluation[watched[0]]} is about evaluations while training, but there are none. "
-            "Add evaluate_every = STEPS, or leave it out."
-        )
-    if config.evaluation.get("evaluate_every") and config.benchmark == "none":
-        raise ConfigError("evaluate_every needs a benchmark, found benchmark = none. Name one, or leave it out.")
     if not config.lora and not config.train_parts:
         raise ConfigError(f"train_parts: expected some of {', '.join(PARTS)}, found none.")
-    _check_parts(config)
     if config.precision not in PRECISIONS:
         raise ConfigError(f"precision: expected one of {', '.join(PRECISIONS)}, found {config.precision!r}.")
     for name in ("epochs", "learning_rate", "batch_size", "micro_batch", "max_length", "processes"):
@@ -223,44 +216,7 @@ def _check(config: TrainConfig) -> None:
         raise ConfigError(f"limit must be positive or null, found {config.limit}.")
     if config.lora < 0 or not 0 <= config.warmup < 1:
         raise ConfigError("lora must not be negative, and warmup must lie in [0, 1).")
-    one_pass = config.micro_batch * config.processes
-    if config.batch_size % one_pass:
-        raise ConfigError(
-            f"batch_size = {config.batch_size} is not a multiple of micro_batch x processes = {config.micro_batch} x "
-            f"{config.processes} = {one_pass}. Nearest: {max(one_pass, config.batch_size // one_pass * one_pass)}."
-        )
-
-
-def _check_parts(config: TrainConfig) -> None:
-    """Contradictions between what is trained whole, what is under LoRA, and their own settings."""
-    parts, trained = config.parts, config.train_parts
-    if not config.lora:
-        lone = [name for name in (*(key for key in parts if key.startswith("lora_")), "quantize") if name in parts]
-        if lone:
-            raise ConfigError(f"{lone[0]} = {parts[lone[0]]} is a setting of LoRA, and lora = 0. Set lora to a rank.")
-    adapted = list(parts.get("lora_parts") or ("language",)) if config.lora else []
-    if both := [part for part in trained if part in adapted]:
-        raise ConfigError(
-            f"train_parts and lora_parts both name {both[0]}. A part is trained whole or has adapters: leave it out of one."
-        )
-    moving = [part for part in PARTS if part in (*trained, *adapted)]
-    for part in PARTS:
-        for name in (f"{part}_learning_rate", f"{part}_weight_decay"):
-            if name in parts and part not in moving:
-                raise ConfigError(
-                    f"{name} = {parts[name]}, but {part} is not trained; trained are {', '.join(moving)}. Add it to train_parts"
-                    f"{' or lora_parts' if config.lora else ''}, or leave {name} out."
-                )
-    if config.loss.get("kl") and config.lora and trained:
-        raise ConfigError(
-            f"kl with LoRA holds the model to itself without its adapters, but train_parts = {', '.join(trained)} changes that model "
-            "too. Train LoRA alone, or leave out kl."
-        )
-    if parts.get("quantize") and config.engine and not config.engine.startswith("zero2"):
-        raise ConfigError(
-            f"quantize = {parts['quantize']} keeps packed weights whole in every process; engine = {config.engine} would shard them, "
-            "which is not supported. Use engine zero2 or none."
-        )
+    check_together(config)
 
 
 def _of_group(group: str, name: str, value: Any, where: str) -> Any:

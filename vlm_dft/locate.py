@@ -1,4 +1,4 @@
-"""Locate: a model's or a DeepSpeed configuration's name in, its folder, file or hub id out; no torch, nothing loaded."""
+"""Locate: a model's name in, its folder or hub id out; no torch, nothing loaded."""
 
 from __future__ import annotations
 
@@ -46,14 +46,3 @@ def base_model(folder: str) -> str:
     if not adapter.is_file():
         return folder
     return resolve_model(json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"])
-
-
-def engine_file(name: str | None) -> str | None:
-    """The file of a DeepSpeed configuration: zero2 and zero3 are shipped, anything else is a path. Raises ModelError."""
-    if name is None:
-        return None
-    shipped = [folder / f"{name}.json" for folder in (PACKAGE / "_cards/engines", PACKAGE.parent / "scripts/engines")]
-    found = next((path for path in [*shipped, Path(name)] if path.is_file()), None)
-    if found is None:
-        raise ModelError(f"No DeepSpeed configuration {name!r}. Expected zero2, zero3 or the path of a JSON file.")
-    return str(found)

@@ -34,6 +34,12 @@ def device_kind() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def check_precision(precision: str) -> None:
+    """Raises ModelError for half precision that is asked for without a GPU."""
+    if precision in ("bf16", "pure_bf16") and device_kind() != "cuda":
+        raise ModelError(f"precision = {precision} needs a GPU, found none. Use precision auto or fp32.")
+
+
 def load_processor(name: str, *, min_pixels: int | None = None, max_pixels: int | None = None) -> Any:
     """The processor of a model, its image sizes limited to [min_pixels, max_pixels] (areas) where given."""
     from transformers import AutoProcessor
@@ -86,14 +92,45 @@ def load_model(
     return model.eval()
 
 
-def choose_attention(requested: str | None, device: str, half: bool) -> tuple[str, str]:
-    """(attention implementation, reason): flash-attn where it imports, on a GPU in half precision; else PyTorch's sdpa."""
+def choose_attention(requested: str | None, device: str, half: bool, model: str = "tiny") -> tuple[str, str]:
+    """(attention implementation, reason): flash-attn where it is installed and fits, else PyTorch's sdpa.
+
+    It fits a GPU of compute capability 8.0 or more, half precision, and a family whose layers take it. FlashAttention 3 is
+    taken only when asked for: packing and the fused loss have not been run with it. Raises ModelError for one that is asked
+    for and cannot work.
+    """
     if requested:
+        obstacle = _obstacle(requested, device, half, model) if requested.startswith("flash") else None
+        if obstacle:
+            raise ModelError(f"attention = {requested} cannot work: {obstacle}. Use attention sdpa, or leave it out.")
         return requested, "asked for"
+    obstacle = _obstacle("flash_attention_2", device, half, model)
+    return ("sdpa", obstacle) if obstacle else ("flash_attention_2", "flash-attn is installed and fits")
+
+
+def _obstacle(attention: str, device: str, half: bool, model: str) -> str | None:
+    """Why this flash attention cannot be used here, or None."""
     if device != "cuda" or not half:
-        return "sdpa", f"flash-attn needs a GPU and half precision, this run is on {device}{'' if half else ' in fp32'}"
-    try:
-        from flash_attn import flash_attn_varlen_func  # noqa: F401
+        return f"flash-attn needs a GPU and half precision, this run is on {device}{'' if half else ' in fp32'}"
+    capability, least = torch.cuda.get_device_capability(), (9, 0) if attention == "flash_attention_3" else (8, 0)
+    if capability < least or (attention == "flash_attention_3" and capability[0] != 9):
+        said = "Hopper GPUs, 9.0" if attention == "flash_attention_3" else "GPUs of compute capability 8.0 or more"
+        return f"it is made for {said}, this one has {'.'.join(map(str, capability))}"
+    try:  # an installed package may still lack its compiled part
+        if attention == "flash_attention_3":
+            from flash_attn_interface import flash_attn_varlen_func  # type: ignore[import-not-found]
+        else:
+            from flash_attn import flash_attn_varlen_func  # noqa: F401
     except ImportError as error:
-        return "sdpa", f"flash-attn does not import ({error})"
-    return "flash_attention_2", "flash-attn is installed"
+        return f"its package does not import ({error})"
+    return None if takes_flash(model) else f"the layers of {model} do not take it"
+
+
+def takes_flash(name: str) -> bool:
+    """Whether a model's family supports flash attention, by its class and config alone."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    with _found(name):
+        config = AutoConfig.from_pretrained(base_model(resolve_model(name)))
+    return bool(getattr(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)], "_supports_flash_attn", False))

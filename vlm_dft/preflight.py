@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any
 from vlm_dft.benchmarks import read_benchmark
 from vlm_dft.boards import check_boards
 from vlm_dft.config import TrainConfig
-from vlm_dft.errors import CardError, ConfigError
-from vlm_dft.locate import engine_file, resolve_model
+from vlm_dft.engines import Engine, check_devices, check_engine, check_installed
+from vlm_dft.errors import CardError, ConfigError, ModelError
+from vlm_dft.locate import resolve_model
 from vlm_dft.recipes import read_recipe, recipe_root
 from vlm_dft.runs import claim_folder, default_output, path_name
 
@@ -37,7 +39,7 @@ class Plan:
 def check_run(config: TrainConfig, *, dry_run: bool = False) -> Plan:
     """Look up everything a run names and claim its folder. Raises a UserError; loads, downloads and trains nothing."""
     resolve_model(config.model)
-    engine_file(config.engine)
+    engine = check_engine(config)
     recipe = read_recipe(config.recipe)
     name = config.benchmark if config.benchmark is not None else recipe.get("benchmark")
     benchmark = None if name in (None, "none") else read_benchmark(str(name))
@@ -48,19 +50,49 @@ def check_run(config: TrainConfig, *, dry_run: bool = False) -> Plan:
     check_boards(config.trainer.get("report_to", "tensorboard"))
     world = int(os.environ.get("WORLD_SIZE", "1"))
     config = replace(config, output=config.output or default_output(config), benchmark=str(name) if name else "none")
+    if benchmark is None and "evaluate_every" in config.evaluation:
+        raise ConfigError(
+            "evaluate_every needs a benchmark, and the recipe names none. Set BENCHMARK=, or leave it out."
+        )
     if dry_run:
         return Plan(config, recipe, benchmark)
+    check_installed(engine)
+    _check_installed(config)
     if world != config.processes:
         raise ConfigError(
             f"nproc is {config.processes}, but {world} processes run. Start with NPROC={config.processes} "
-            f"bash scripts/train_qwenvl.sh, or with torchrun and --processes {config.processes}."
+            f"bash scripts/train_qwenvl.sh (on several nodes NNODES= too), or with torchrun and --processes {config.processes}."
         )
+    _check_devices(config, engine)
     recipe_root(recipe, config.data)
     if benchmark is not None:
         _check_benchmark_files(benchmark, config)
     if int(os.environ.get("RANK", "0")) == 0:
         claim_folder(Path(str(config.output)), config)
     return Plan(config, recipe, benchmark)
+
+
+def _check_installed(config: TrainConfig) -> None:
+    """What a setting needs installed, looked up without importing it."""
+    needed = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}.get(str(config.attention))
+    if needed and importlib.util.find_spec(needed) is None:
+        raise ModelError(
+            f"attention = {config.attention} needs the package {needed}, which is not installed. Install it (see the extra "
+            "flash-attn in pyproject.toml), or use attention sdpa."
+        )
+
+
+def _check_devices(config: TrainConfig, engine: Engine) -> None:
+    """What a setting needs of the machine. Imports torch only where a setting asks for a GPU."""
+    flash, half = str(config.attention).startswith("flash"), config.precision in ("bf16", "pure_bf16")
+    if not (flash or half or engine.kind == "fsdp"):
+        return
+    from vlm_dft.models import check_precision, choose_attention, device_kind
+
+    check_precision(config.precision)
+    check_devices(engine, device_kind())
+    if flash:
+        choose_attention(config.attention, device_kind(), config.precision != "fp32", config.model)
 
 
 def _check_benchmark_files(benchmark: dict[str, Any], config: TrainConfig) -> None:
@@ -70,39 +102,3 @@ def _check_benchmark_files(benchmark: dict[str, Any], config: TrainConfig) -> No
         load_benchmark(str(config.benchmark), config.data, limit=config.eval_limit)  # every row and image file
     except CardError as error:
         raise CardError(f"{error} To train without an evaluation: BENCHMARK=none.") from error
-
-
-def describe_run(plan: Plan) -> str:
-    """The resolved run as text: settings, batch arithmetic, steps, files; for --dry-run."""
-    import yaml
-
-    config, rows = plan.config, plan.recipe.get("rows")
-    rows = min(int(rows), config.limit) if rows and config.limit else rows
-    lines = [
-        f"# {plan.recipe['name']}: {str(plan.recipe['description']).strip()}",
-        yaml.safe_dump(config.as_dict(), sort_keys=False).rstrip(),
-        "",
-        f"# global batch: {config.processes} processes x {config.micro_batch} examples x {config.accumulation} accumulated "
-        f"= {config.batch_size}",
-        f"# source: {yaml.safe_dump(dict(plan.recipe['source']), default_flow_style=True).strip()}",
-    ]
-    if rows:
-        lines.append(f"# steps: about {config.steps(int(rows)):,} for {int(rows):,} rows and {config.epochs:g} epochs")
-    if plan.benchmark is None:
-        lines.append("# evaluation: none, the recipe names no benchmark; BENCHMARK= chooses one")
-    if plan.recipe.get("image_root") and "hub" in plan.recipe["source"] and config.data is None:
-        lines.append("# still to say: DATA=, the folder with the images (see the notes)")
-    if plan.recipe.get("notes"):
-        lines.append(f"# notes: {str(plan.recipe['notes']).strip()}")
-    deepspeed = engine_file(config.engine)
-    if deepspeed:
-        lines += [f"# DeepSpeed: {config.engine}", Path(deepspeed).read_text(encoding="utf-8").rstrip()]
-    if config.processes > 1 or deepspeed:
-        lines.append(
-            f"# launched by: torchrun --standalone --nproc_per_node {config.processes} -m vlm_dft.cli train ..."
-        )
-    lines += [
-        "# AdamW, betas 0.9 and 0.95, weight decay 0.01, cosine schedule, gradient norm clipped to 1.0 (unless set above)",
-        "# dry run: nothing was loaded or downloaded",
-    ]
-    return "\n".join(lines)

@@ -16,13 +16,14 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from vlm_dft.adapters import quantization_of
-from vlm_dft.arguments import training_arguments_of
+from vlm_dft.arguments import fit_fsdp, training_arguments_of
 from vlm_dft.benchmarks import load_benchmark
 from vlm_dft.boards import Boards
 from vlm_dft.chat import Example
 from vlm_dft.checkpoints import check_room, expected_bytes, newest_whole
 from vlm_dft.collators import ChatCollator
 from vlm_dft.config import TrainConfig
+from vlm_dft.engines import check_devices, check_runs, find_engine
 from vlm_dft.errors import ModelError, RowError
 from vlm_dft.families import find_family, part_of
 from vlm_dft.finishing import finish, finished_lines, read_finished
@@ -30,6 +31,7 @@ from vlm_dft.live import Known, View
 from vlm_dft.locate import base_model, resolve_model
 from vlm_dft.loss_head import Kl, attach_loss, check_loss
 from vlm_dft.models import (
+    check_precision,
     choose_attention,
     device_kind,
     load_model,
@@ -104,9 +106,8 @@ def _timing(model: Any) -> dict[str, Any]:
 
 def prepare_model(config: TrainConfig) -> tuple[Any, Parts, str]:
     """The model to train, fused loss attached; its parts, frozen or LoRA added; and a line on the choices made."""
-    if config.precision in ("bf16", "pure_bf16") and device_kind() != "cuda":
-        raise ModelError(f"precision = {config.precision} needs a GPU, found none. Use precision auto or fp32.")
-    attention, reason = choose_attention(config.attention, device_kind(), half=config.precision != "fp32")
+    check_precision(config.precision)
+    attention, reason = choose_attention(config.attention, device_kind(), config.precision != "fp32", config.model)
     dtype = torch.bfloat16 if config.precision == "pure_bf16" else torch.float32
     quantization = None
     if kind := config.parts.get("quantize"):
@@ -192,6 +193,7 @@ def train_objective(
             "Several GPUs in one process would mean DataParallel. Start one process per GPU: NPROC=<GPUs>."
         )
     last = _agreed(last, arguments)
+    check_devices(find_engine(config.engine), device_kind())
     if arguments.deepspeed:
         import deepspeed
 
@@ -199,6 +201,7 @@ def train_objective(
     processor = load_processor(config.model, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
     set_seed(config.seed)  # LoRA draws its start
     model, parts, choices = prepare_model(config)
+    fit_fsdp(arguments, model)
     sources = list(dict.fromkeys(example.source for example in examples))
     dummy = {"dummy_image": True} if needs_dummy_image(model, arguments, examples) else {}
     collator = make_collator(processor, config, tag_sources=sources, **_timing(model), **dummy)
@@ -250,6 +253,7 @@ def train_objective(
         ],
     )
     trainer.callback_handler.callbacks.insert(0, metrics)  # before the loggers, which get the speed that it measures
+    check_runs(find_engine(config.engine), trainer.accelerator.distributed_type.name)
     metrics.alarms = trainer.alarms
     metrics.boards = Boards(trainer.callback_handler.callbacks)
     if watch is not None:

@@ -1,0 +1,93 @@
+"""Settings that cannot stand together are refused, with the reason and the nearest right ones, before anything is loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from vlm_dft.config import resolve_config
+from vlm_dft.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"attention": "flash_atention_2"}, "attention: unknown 'flash_atention_2'. Did you mean 'flash_attention_2'"),
+        ({"attention": "flash_attention_2", "precision": "fp32"}, "flash-attn computes in half precision alone"),
+        ({"quantize": "nf4"}, "quantize without lora: there is no adapter"),
+        ({"lora_alpha": 32, "lora_dropout": 0.1}, "lora_alpha, lora_dropout without lora.*they could apply"),
+        ({"lora_parts": "vision"}, "lora_parts without lora"),
+        ({"lora_targets": "x"}, "lora_targets without lora"),
+        (
+            {"lora": 4, "train_parts": "language"},
+            r"language is in train_parts and in lora_parts \(language unless set\)",
+        ),
+        (
+            {"lora": 4, "train_parts": "merger", "lora_parts": "vision,merger"},
+            "merger is in train_parts and in lora_parts: trained whole",
+        ),
+        (
+            {"vision_learning_rate": 1e-5},
+            r"vision_learning_rate = 1e-05, but vision is not trained. Found train_parts = \['language', 'head'\]",
+        ),
+        ({"merger_weight_decay": 0.1, "lora": 4}, r"merger is not trained.*lora_parts = \['language'\]"),
+        (
+            {"recompute": "vision", "activation_checkpointing": False},
+            "recompute = .'vision'. and activation_checkpointing = False contradict",
+        ),
+        ({"recompute": "none", "activation_checkpointing": True}, "contradict each other"),
+        ({"patience": 2}, "patience without evaluate_every"),
+        ({"watch_limit": 10}, "watch_limit without evaluate_every"),
+        ({"keep_best": True}, "keep_best without evaluate_every"),
+        ({"evaluate_every": 10, "benchmark": "none"}, "evaluate_every needs a benchmark, found benchmark = none"),
+        ({"save_steps": 0}, "save_steps must be a whole number of steps, 1 or more, or a share.* found 0"),
+        ({"save_steps": 2.5}, "save_steps must be a whole number"),
+        ({"logging_steps": "often"}, "logging_steps must be a whole number of steps.*found 'often'"),
+        ({"logging_steps": -1}, "logging_steps.*found -1"),
+        ({"save_total_limit": 0}, "save_total_limit must be a whole number of at least 1, found 0"),
+        ({"max_steps": 0}, "max_steps must be a whole number of at least 1, found 0"),
+        ({"adam_beta2": 1.5}, "adam_beta2 must be a number, 0 or more and below 1, found 1.5"),
+        ({"weight_decay": -0.1}, "weight_decay must be a number, 0 or more, found -0.1"),
+        ({"batch_size": 10, "micro_batch": 4}, "Nearest: 8 or 12."),
+        ({"batch_size": 3, "micro_batch": 4}, "Nearest: 4."),
+        ({"batch_size": 100, "processes": 8}, "micro_batch x processes = 1 x 8 = 8. Nearest: 96 or 104."),
+        ({"optim": "adamw_torh"}, "optim: unknown 'adamw_torh'. Did you mean 'adamw_torch'"),
+        ({"lr_scheduler_type": "cosin"}, "lr_scheduler_type: unknown 'cosin'. Did you mean 'cosine'"),
+        ({"deepspeed": "x.json"}, "deepspeed is set by engine"),
+        ({"fsdp": "full_shard"}, "fsdp is set by engine"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size is set by micro_batch"),
+    ],
+    ids=lambda value: ",".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
+)
+def test_settings_that_cannot_stand_together_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resolve_config(("command line", settings))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"attention": "sdpa", "precision": "fp32"},
+        {"lora": 8, "lora_alpha": 16, "lora_parts": "vision", "train_parts": "merger", "vision_learning_rate": 1e-5},
+        {"lora": 8, "quantize": "int8"},
+        {"evaluate_every": 10, "patience": 3, "keep_best": True, "benchmark": "drawn"},
+        {"keep_best": False},
+        {"save_steps": 0.2, "logging_steps": 1, "save_total_limit": 1, "max_steps": -1},
+        {"recompute": "vision,language", "activation_checkpointing": True},
+        {"optim": "adamw_torch_fused", "lr_scheduler_type": "linear"},
+    ],
+    ids=lambda value: ",".join(map(str, value)),
+)
+def test_settings_that_can_stand_together_are_taken(settings: dict[str, Any]) -> None:
+    resolve_config(("command line", settings))
+
+
+def test_the_values_read_from_transformers_source_are_those_it_has() -> None:
+    from transformers.trainer_utils import SchedulerType
+    from transformers.training_args import OptimizerNames
+
+    from vlm_dft.contradictions import _known
+
+    assert set(_known("optim")) == {name.value for name in OptimizerNames}
+    assert set(_known("lr_scheduler_type")) == {name.value for name in SchedulerType}

@@ -1,0 +1,114 @@
+"""The dry run: every number of a run before it, on paper for the published models, from rows and a processor where they are here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vlm_dft.cli import main
+
+PAPER = "--model Qwen/Qwen2.5-VL-7B-Instruct --recipe wethink --engine zero3 --nproc 8".split()
+
+
+def look(tmp_path: Path, capsys: pytest.CaptureFixture[str], *words: str) -> tuple[dict[str, Any], str]:
+    """(the numbers, the text) of a dry run."""
+    file = tmp_path / "numbers.json"
+    assert main(["train", *words, "--dry-run", "--json", str(file)]) == 0
+    return json.loads(file.read_text()), capsys.readouterr().out
+
+
+def test_the_paper_s_setting_on_paper(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found, out = look(tmp_path, capsys, *PAPER)
+    assert found["batch"] == {"processes": 8, "micro_batch": 1, "accumulation": 16, "batch_size": 128}
+    assert (found["rows"], found["steps"]) == (126000, 985)  # ceil(126,000 / 128)
+    assert found["tokens"] == {"why": "the rows are on the hub"}
+    assert (
+        found["schedule"] == "learning rate 5e-05 after a rise of 99 steps, then down to 0 along a cosine at step 985"
+    )
+    zero = found["engine"]["settings"]["zero_optimization"]
+    assert (zero["reduce_bucket_size"], zero["stage3_param_persistence_threshold"]) == (3584**2, 35840)
+    memory = found["memory"]
+    assert memory["parts"] == {"vision": 631975680, "merger": 44574464, "language": 7070619136, "head": 544997376}
+    assert memory["fits"] and memory["gpu"] == 80e9 and "80 GB assumed" in memory["gpu_from"]
+    assert sum(memory["items"].values()) < memory["total"] < 1.05 * sum(memory["items"].values()) + 1.6e9
+    for line in (
+        "# global batch: 8 processes x 1 examples x 16 accumulated = 128", "# steps: about 985 for 126,000 rows", '"stage": 3',
+        "# tokens: not estimated, the rows are on the hub", "# engine: zero3, every auto filled", "fits; 80 GB a GPU",
+        "torchrun --standalone --nproc_per_node 8 -m vlm_dft.cli train --model Qwen/Qwen2.5-VL-7B-Instruct --recipe wethink --engine zero3 "
+        "--processes 8", "no model was loaded, nothing was downloaded",
+    ):  # fmt: skip
+        assert line in out
+
+
+def test_a_model_too_large_is_said_not_to_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found, out = look(tmp_path, capsys, "--model", "Qwen/Qwen2.5-VL-7B-Instruct", "--recipe", "wethink")
+    assert not found["memory"]["fits"] and "does NOT fit: more GPUs under zero3 or fsdp2, zero3_offload, LORA=" in out
+
+
+def test_a_model_of_unknown_size_is_said_to_be_unknown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found, out = look(
+        tmp_path, capsys, "--model", "someone/else", "--recipe", "wethink", "--engine", "zero3", "--nproc", "8"
+    )
+    assert "the sizes of someone/else are not known" in found["memory"]["why"] and "# memory: not estimated" in out
+    assert (
+        "reduce_bucket_size, stage3_prefetch_bucket_size, stage3_param_persistence_threshold when the model's config is here"
+        in out
+    )
+
+
+def test_tokens_are_estimated_from_rows_that_are_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the collator's own count, a picture's tokens among them."""
+    from PIL import Image
+
+    Image.new("RGB", (56, 56)).save(tmp_path / "a.png")
+    row = {
+        "messages": [{"role": "user", "content": "<image>How many?"}, {"role": "assistant", "content": "Two bars."}],
+        "images": ["a.png"],
+    }
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps({**row, "id": k}) + "\n" for k in range(40)))
+    found, out = look(
+        tmp_path,
+        capsys,
+        "--recipe",
+        str(tmp_path / "own.jsonl"),
+        "--data",
+        str(tmp_path),
+        "--batch_size",
+        "4",
+        "--epochs",
+        "2",
+    )
+    tokens = found["tokens"]
+    assert (found["rows"], found["steps"], tokens["sample"], tokens["media"]) == (40, 20, 32, 4)
+    assert tokens["per_step"] == {name: 4 * tokens[name] for name in ("tokens", "media", "response")}
+    assert (
+        f"# tokens: about {4 * tokens['tokens']:,.0f} a step (16 of images" in out and "estimated from 32 rows" in out
+    )
+
+
+def test_several_nodes_are_launched_as_the_script_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("NNODES", "2"), ("NODE_RANK", "1"), ("MASTER_ADDR", "10.0.0.1")):
+        monkeypatch.setenv(name, value)
+    found, _ = look(tmp_path, capsys, "--recipe", "wethink", "--nproc", "16", "--batch_size", "64")
+    assert found["launch"].startswith(
+        "torchrun --nnodes 2 --node_rank 1 --master_addr 10.0.0.1 --master_port 29500 --nproc_per_node 8 -m vlm_dft.cli train"
+    )
+    monkeypatch.setenv("HOSTFILE", "hosts")
+    assert look(tmp_path, capsys, "--recipe", "wethink")[0]["launch"].startswith(
+        "deepspeed --hostfile hosts --master_port 29500"
+    )
+
+
+def test_evaluation_while_training_without_a_benchmark_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--recipe", "wethink", "--evaluate_every", "10", "--dry-run"]) == 2
+    assert "evaluate_every needs a benchmark, and the recipe names none" in capsys.readouterr().err
+
+
+def test_numbers_that_cannot_be_written_are_refused_first(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--dry-run", "--json", "/nowhere/x.json"]) == 2
+    assert "--json '/nowhere/x.json': expected the name of a file" in capsys.readouterr().err

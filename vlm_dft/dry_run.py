@@ -1,0 +1,245 @@
+"""Dry run: a plan in; everything a run would be, in numbers and in words, out. Loads no model, downloads nothing.
+
+torch and transformers are imported only to measure rows that are here, with a processor that is here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from vlm_dft.config import TrainConfig
+from vlm_dft.dimensions import Dimensions, dimensions_of
+from vlm_dft.engines import DDP, Engine, check_engine, filled
+from vlm_dft.errors import UserError
+from vlm_dft.locate import base_model, resolve_model
+from vlm_dft.memory import GB, estimate, gpu_bytes, host_bytes, largest_micro_batch
+from vlm_dft.preflight import Plan
+from vlm_dft.recipes import example_of, recipe_root
+from vlm_dft.rows import read_rows
+
+SAMPLE = 32  # rows that are measured
+
+
+def look_ahead(plan: Plan, words: Sequence[str] = ()) -> dict[str, Any]:
+    """Every number of the run, for --json: batch, rows, steps, tokens, schedule, engine, launch, memory."""
+    config, engine = plan.config, check_engine(plan.config)
+    rows, sample = _rows(plan)
+    model = dimensions_of(config.model)
+    settings = filled(engine, config, model.hidden if model else None, half=config.precision in ("auto", "bf16"))
+    steps = config.steps(rows) if rows else None
+    return {
+        "config": config.as_dict(),
+        "batch": {
+            "processes": config.processes, "micro_batch": config.micro_batch, "accumulation": config.accumulation,
+            "batch_size": config.batch_size,
+        },
+        "rows": rows,
+        "steps": steps,
+        "tokens": _tokens(config, sample),
+        "schedule": _schedule(config, steps),
+        "engine": {"name": engine.name, "kind": engine.kind, "settings": settings},
+        "launch": launch_line(config, engine, words),
+        "memory": _memory(config, model, engine, settings, sample),
+    }  # fmt: skip
+
+
+def _rows(plan: Plan) -> tuple[int | None, dict[str, Any]]:
+    """(rows of the run, what its first rows measure or why they were not measured)."""
+    config, card = plan.config, plan.recipe
+    rows = int(card["rows"]) if card.get("rows") else None
+    try:
+        root = None if "hub" in card["source"] or not _drawn(card) else recipe_root(card, config.data)
+    except UserError as error:
+        return _limited(rows, config), {"why": str(error)}
+    if root is None:
+        why = "the rows are on the hub" if "hub" in card["source"] else "the drawn set is made by the first run"
+        return _limited(rows, config), {"why": why}
+    where = f"Recipe {card['name']!r}"
+    if rows is None:
+        rows = sum(1 for _ in read_rows(card["source"], root, where=where))
+    place = Path(base_model(resolve_model(config.model)))
+    if not any((place / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")):
+        return _limited(rows, config), {"why": f"the processor of {config.model} is not here"}
+    first = list(islice(read_rows(card["source"], root, where=where), SAMPLE))
+    return _limited(rows, config), _measure(config, [example_of(card, row, root) for row in first])
+
+
+def _drawn(card: dict[str, Any]) -> bool:
+    """Whether an embedded set has been drawn already; any other source has."""
+    if "embedded" not in card["source"]:
+        return True
+    from vlm_dft.embedded.drawn import cache_root, generator_version
+
+    return any(path.is_dir() for path in cache_root().glob(f"*{generator_version()}*"))
+
+
+def _limited(rows: int | None, config: TrainConfig) -> int | None:
+    return min(rows, config.limit) if rows and config.limit else rows
+
+
+def _measure(config: TrainConfig, examples: Sequence[Any]) -> dict[str, Any]:
+    from vlm_dft.models import load_processor
+    from vlm_dft.training import make_collator
+
+    processor = load_processor(config.model, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
+    collator = make_collator(processor, config)
+    try:
+        found = [collator.measure(example) for example in examples]
+    except UserError as error:
+        return {"why": str(error)}
+    count = len(found)
+    return {
+        "sample": count, "tokens": sum(row.tokens for row in found) / count, "media": sum(row.media for row in found) / count,
+        "response": sum(row.targets for row in found) / count, "longest": max(row.tokens for row in found),
+        "most_media": max(row.media for row in found),
+    }  # fmt: skip
+
+
+def _tokens(config: TrainConfig, sample: dict[str, Any]) -> dict[str, Any]:
+    if "why" in sample:
+        return sample
+    names = ("tokens", "media", "response")
+    return {**sample, "per_step": {name: round(sample[name] * config.batch_size) for name in names}}
+
+
+def _schedule(config: TrainConfig, steps: int | None) -> str:
+    kind = str(config.trainer.get("lr_scheduler_type", "cosine"))
+    rise = (
+        f"{config.warmup:.0%} of the steps"
+        if steps is None
+        else f"{-(-int(config.warmup * steps * 1e6) // 10**6)} steps"
+    )
+    end = {"cosine": "down to 0 along a cosine", "linear": "down to 0 in a line", "constant": "constant"}.get(
+        kind, kind
+    )
+    return f"learning rate {config.learning_rate:g} after a rise of {rise}, then {end}{f' at step {steps:,}' if steps else ''}"
+
+
+def launch_line(config: TrainConfig, engine: Engine, words: Sequence[str] = ()) -> str:
+    """The command that starts the processes, as scripts/train_qwenvl.sh would (it reads the same variables)."""
+    given, skip = list[str](), False
+    for word in words or ("train", "..."):
+        if not skip and word != "--dry-run" and not word.startswith("--json"):
+            given.append("--processes" if word == "--nproc" else word)  # torchrun would take --nproc for its own
+        skip = word == "--json"
+    nodes, port = int(os.environ.get("NNODES") or 1), os.environ.get("MASTER_PORT", "29500")
+    if os.environ.get("HOSTFILE"):
+        start = (
+            f"deepspeed --hostfile {os.environ['HOSTFILE']} --master_port {port} --no_local_rank --module vlm_dft.cli"
+        )
+    elif nodes > 1:
+        rank, address = os.environ.get("NODE_RANK", "RANK"), os.environ.get("MASTER_ADDR", "ADDRESS")
+        start = (
+            f"torchrun --nnodes {nodes} --node_rank {rank} --master_addr {address} --master_port {port} --nproc_per_node "
+            f"{config.processes // nodes} -m vlm_dft.cli"
+        )
+    elif config.processes > 1 or engine is not DDP:
+        start = f"torchrun --standalone --nproc_per_node {config.processes} -m vlm_dft.cli"
+    else:
+        start = "vlm-dft"
+    return " ".join([start, *given])
+
+
+def _memory(
+    config: TrainConfig, model: Dimensions | None, engine: Engine, settings: dict[str, Any], sample: dict[str, Any]
+) -> dict[str, Any]:
+    if model is None:
+        return {
+            "why": f"the sizes of {config.model} are not known: no config.json here, and not in vlm_dft/dimensions.json"
+        }
+    micro, assumed = largest_micro_batch(config, model, sample.get("most_media"))
+    found = estimate(config, model, engine, settings, micro)
+    size, where = gpu_bytes()
+    return {
+        **found.as_dict(), "parts": model.parts, "sizes_from": model.source, "micro_batch": assumed, "gpu": size, "gpu_from": where,
+        "fits": found.total <= size, "host_here": host_bytes(),
+    }  # fmt: skip
+
+
+def describe(plan: Plan, found: dict[str, Any]) -> str:
+    """The same in words: settings, batch arithmetic, steps, tokens, schedule, engine, memory."""
+    import yaml
+
+    config, card, batch = plan.config, plan.recipe, found["batch"]
+    lines = [
+        f"# {card['name']}: {str(card['description']).strip()}",
+        yaml.safe_dump(config.as_dict(), sort_keys=False).rstrip(),
+        "",
+        f"# global batch: {batch['processes']} processes x {batch['micro_batch']} examples x {batch['accumulation']} accumulated "
+        f"= {batch['batch_size']}",
+        f"# source: {yaml.safe_dump(dict(card['source']), default_flow_style=True).strip()}",
+    ]
+    if found["rows"]:
+        lines.append(f"# steps: about {found['steps']:,} for {found['rows']:,} rows and {config.epochs:g} epochs")
+    lines += [*_token_lines(found["tokens"]), f"# schedule: {found['schedule']}"]
+    lines += [f"# {_optimiser(config)}"]
+    if plan.benchmark is None:
+        lines.append("# evaluation: none, the recipe names no benchmark; BENCHMARK= chooses one")
+    if card.get("image_root") and "hub" in card["source"] and config.data is None:
+        lines.append("# still to say: DATA=, the folder with the images (see the notes)")
+    if card.get("notes"):
+        lines.append(f"# notes: {str(card['notes']).strip()}")
+    lines += _engine_lines(found["engine"])
+    lines += [f"# launched by: {found['launch']}", *_memory_lines(found["memory"])]
+    lines += [f"# attention: {config.attention or 'flash-attn where it is installed and fits the GPU, else sdpa'}"]
+    return "\n".join([*lines, "# dry run: no model was loaded, nothing was downloaded"])
+
+
+def _token_lines(tokens: dict[str, Any]) -> list[str]:
+    if "why" in tokens:
+        return [f"# tokens: not estimated, {tokens['why']}"]
+    step = tokens["per_step"]
+    return [
+        f"# tokens: about {step['tokens']:,} a step ({step['media']:,} of images, {step['response']:,} of responses), estimated from "
+        f"{tokens['sample']} rows; the longest of them has {tokens['longest']:,}"
+    ]
+
+
+def _optimiser(config: TrainConfig) -> str:
+    get = config.trainer.get
+    return (
+        f"optimiser: {get('optim', 'AdamW')}, betas {get('adam_beta1', 0.9)} and {get('adam_beta2', 0.95)}, weight decay "
+        f"{get('weight_decay', 0.01)}, gradient norm clipped to {get('max_grad_norm', 1.0)}"
+    )
+
+
+def _engine_lines(engine: dict[str, Any]) -> list[str]:
+    import json
+
+    if engine["kind"] == "ddp":
+        return ["# engine: none, DDP where there are several processes"]
+    autos = [key for key, value in engine["settings"].get("zero_optimization", {}).items() if value == "auto"]
+    after = f"; {', '.join(autos)} when the model's config is here" if autos else ""
+    wrapped = "; transformer_layer_cls_to_wrap from the model" if engine["kind"] == "fsdp" else ""
+    return [f"# engine: {engine['name']}, every auto filled{after}{wrapped}", json.dumps(engine["settings"], indent=2)]
+
+
+def _memory_lines(memory: dict[str, Any]) -> list[str]:
+    if "why" in memory:
+        return [f"# memory: not estimated, {memory['why']}"]
+    parts = ", ".join(f"{part} {count:,}" for part, count in memory["parts"].items() if count)
+    lines = [
+        f"# parameters: {sum(memory['parts'].values()):,} ({parts}), by {memory['sizes_from']}",
+        f"# memory of a GPU at the largest micro-batch, {memory['micro_batch']}:",
+        *(f"#   {_size(size)}  {name}" for name, size in memory["items"].items()),
+        f"#   {_size(memory['total'])}  in all, with 5% and 1.5 GB for fragmentation, context and NCCL (an allowance)",
+    ]
+    if memory["host"]:
+        lines.append(
+            f"#   {_size(memory['host'])}  in the host's memory, for each process (this machine has {memory['host_here'] / GB:.0f} GB)"
+        )
+    lines += [f"#   note: {note}" for note in memory["notes"]]
+    verdict = (
+        "fits"
+        if memory["fits"]
+        else "does NOT fit: more GPUs under zero3 or fsdp2, zero3_offload, LORA=, or a shorter max_length"
+    )
+    return [*lines, f"#   {verdict}; {memory['gpu'] / GB:.0f} GB a GPU ({memory['gpu_from']})"]
+
+
+def _size(count: int) -> str:
+    return f"{count / GB:7.2f} GB" if count >= GB / 10 else f"{count / 10**6:7.2f} MB"
