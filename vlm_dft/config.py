@@ -120,7 +120,8 @@ OWNED_BY_US = {  # HF name -> ours: two names for one setting would contradict e
     "num_train_epochs": "epochs", "output_dir": "output", "warmup_steps": "warmup", "bf16": "precision",
     "fp16": "precision", "remove_unused_columns": "nothing: the collator needs every column", "data_seed": "seed",
     "label_smoothing_factor": "nothing: smoothed labels are not DFT",
-    "gradient_checkpointing": "activation_checkpointing", "save_strategy": "save_steps",
+    "gradient_checkpointing": "recompute", "activation_checkpointing": "recompute", "gradient_checkpointing_kwargs": "recompute",
+    "activation_checkpointing_kwargs": "recompute", "save_strategy": "save_steps",
     "eval_strategy": "nothing: the run is evaluated when it is trained", "load_best_model_at_end": "nothing: the last is kept",
     "dataloader_drop_last": "nothing: every row is used", "use_cpu": "nothing: a GPU is used where there is one",
 }  # fmt: skip

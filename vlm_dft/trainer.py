@@ -18,6 +18,7 @@ from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
 from vlm_dft.diagnostics import Alarm, StarvationAlarms, TokenDiagnostics
+from vlm_dft.embedding import give_in_place_gradient
 from vlm_dft.errors import ModelError
 from vlm_dft.kinds import kind_bits
 from vlm_dft.loss_head import Compatibility, Kl, LossMixin, response_hidden, sample_indices, sample_means
@@ -91,17 +92,21 @@ class DFTTrainer(Trainer):
         trained: Any = self.model
         head = trained.get_output_embeddings()
         alone = self.args.world_size == 1 and not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
-        self._head = head if isinstance(head, LossMixin) and alone and self.accelerator.scaler is None else None
+        alone = alone and self.accelerator.scaler is None
+        embedding = give_in_place_gradient(trained.get_input_embeddings()) if alone else None
+        self._in_place = [
+            layer for layer in (head if alone and isinstance(head, LossMixin) else None, embedding) if layer is not None
+        ]
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train; on one process the head's gradient is formed in place, since nobody reduces or scales it."""
-        if self._head is not None:
-            self._head.in_place = True
+        """Train; on one process the gradients of head and embeddings are formed in place, since nobody reduces or scales them."""
+        for layer in self._in_place:
+            layer.in_place = True
         try:
             return super().train(*args, **kwargs)
         finally:
-            if self._head is not None:
-                self._head.in_place, self._head._kept = False, None
+            for layer in self._in_place:
+                layer.in_place, layer._kept = False, None
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None

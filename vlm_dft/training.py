@@ -27,10 +27,18 @@ from vlm_dft.models import (
     part_table,
 )
 from vlm_dft.progress import Metrics
+from vlm_dft.recompute import chosen_parts, use_recompute
 from vlm_dft.runs import last_checkpoint
 from vlm_dft.segment_attention import check_packing, use_segment_attention
 from vlm_dft.sources import MediaAccess
 from vlm_dft.trainer import DFTTrainer
+from vlm_dft.vision_attention import (
+    check_window_attention,
+    stop_window_attention,
+    use_window_attention,
+    uses_window_attention,
+    window_samples,
+)
 
 
 class _Rows(Dataset[Example]):
@@ -67,6 +75,32 @@ class _Packing(TrainerCallback):
         check_packing(model, self.collator)
 
 
+class _Windows(TrainerCallback):
+    """Goes back to stock sdpa, and says so, where vision attention by window length is not what it was."""
+
+    def __init__(self, collator: ChatCollator, say: Callable[[str], Any]) -> None:
+        other = collator.apart()
+        other.packing, other.tag_sources = False, None
+        self.batch, self.say = other(window_samples()), say
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        try:
+            check_window_attention(model, self.batch)
+        except ModelError as error:
+            stop_window_attention(model)
+            self.say(f"      vision attention back to window by window: {error}")
+
+
+def checks_of(model: Any, collator: ChatCollator, say: Callable[[str], Any]) -> list[TrainerCallback]:
+    """What is proven of a model before its first step."""
+    windows = uses_window_attention(model)
+    return [
+        _Loss(collator),
+        *([_Packing(collator)] if collator.packing else []),
+        *([_Windows(collator, say)] if windows else []),
+    ]
+
+
 def make_collator(processor: Any, config: TrainConfig, **changes: Any) -> ChatCollator:
     """The collator of a run: what is too long is dropped unless the config says otherwise."""
     words = {"too_long": "drop", **config.collator, **changes}
@@ -95,11 +129,17 @@ def prepare_model(config: TrainConfig) -> tuple[Any, str]:
     if config.collator.get("packing") and attention == "sdpa":
         use_segment_attention(model)
         reason += ", segment by segment in packed rows"
+    if attention == "sdpa":
+        why_not = use_window_attention(model)
+        reason += f", the vision tower by stock sdpa ({why_not})" if why_not else ", vision windows by length"
     trained = set(config.train_parts)
     if config.lora:
         model = add_lora(model, config.lora)
     else:
         freeze_parts(model, trained)
+    recomputed = use_recompute(model, chosen_parts(config.parts.get("recompute"), trained, device_kind()))
+    if recomputed:
+        reason += f"; recomputed in the backward pass: {', '.join(recomputed)}"
     rows = part_table(model)
     parts = ", ".join(
         f"{part} {r['trainable']:,} of {r['parameters']:,}" for part, r in rows.items() if r["parameters"]
@@ -168,7 +208,7 @@ def train_objective(
         **loss_terms(config),
         sources=sources,
         on_alarm=metrics.say,
-        callbacks=[metrics, _Loss(collator), *([_Packing(collator)] if collator.packing else [])],
+        callbacks=[metrics, *checks_of(model, collator, echo or (lambda line: None))],
     )
     metrics.alarms = trainer.alarms
     trainer.remove_callback(PrinterCallback)
