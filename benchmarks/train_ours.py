@@ -61,11 +61,11 @@ class Shares:
 
 def ours(job: dict[str, Any], watch: Watch, *, packing: bool, shares: Shares | None = None) -> None:
     """As training.train_objective puts it together, without checkpoints."""
+    from step_alone import examples_of
     from transformers import set_seed
     from transformers.trainer_callback import PrinterCallback
 
     from vlm_dft.arguments import training_arguments_of
-    from vlm_dft.chat import Example
     from vlm_dft.config import resolve_config
     from vlm_dft.models import load_processor
     from vlm_dft.progress import Metrics
@@ -76,19 +76,13 @@ def ours(job: dict[str, Any], watch: Watch, *, packing: bool, shares: Shares | N
     config = resolve_config(("benchmark", {
         "model": job["model"], "batch_size": job["batch"], "micro_batch": job["batch"], "max_length": 100_000, "warmup": 0,
         "train_parts": "vision,merger,language,head", "packing": packing, "learning_rate": TRAINING["learning_rate"],
-        **{key: TRAINING[key] for key in ("lr_scheduler_type", "logging_steps", "adam_beta2", "weight_decay")},
+        **{key: TRAINING[key] for key in ("lr_scheduler_type", "logging_steps", "adam_beta2", "weight_decay", "optim")},
     }))  # fmt: skip
     set_seed(0)
     model, _ = prepare_model(config)
     processor = load_processor(job["model"])
     watch.ready = cpu()
-    examples = [
-        Example(
-            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": row["prompt"]}]},
-             {"role": "assistant", "content": row["response"]}], images=[Path(row["image"])], source="tabmwp",
-        )
-        for row in job["rows"]
-    ]  # fmt: skip
+    examples = examples_of(job["rows"])
     arguments = training_arguments_of(config, folder, len(examples))
     arguments.save_strategy = "no"
     collator = make_collator(processor, config, tag_sources=["tabmwp"])

@@ -4,8 +4,8 @@
 
 Started by train_step.py with the Python of the peer's own environment; it imports nothing of vlm_dft. Every trainer is a
 transformers.Trainer, so all are measured alike: from the end of step 1, which loads what is imported late, to the end of the
-last step; what a trainer does with the rows before that (tokenising, filtering) is counted too, shared out over the steps.
-Without: imports, loading the model, saving. The learning rate is constant, the optimiser AdamW, order as in the file.
+last step; where a trainer tokenises all rows before its first step (`rows`), that is shared out over the steps.
+Without: imports, loading the model, putting the trainer together, saving. The learning rate is constant, the optimiser AdamW, order as in the file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 SYSTEM = "You are a helpful assistant."  # as the embedded chat template begins
 TRAINING = {
     "num_train_epochs": 1, "learning_rate": 1e-4, "lr_scheduler_type": "constant", "weight_decay": 0.01, "adam_beta2": 0.95,
-    "max_grad_norm": 1.0, "optim": "adamw_torch", "logging_steps": 1, "save_strategy": "no", "report_to": [], "use_cpu": True,
+    "max_grad_norm": 1.0, "optim": "adamw_torch_fused", "logging_steps": 1, "save_strategy": "no", "report_to": [], "use_cpu": True,
     "dataloader_num_workers": 0, "dataloader_pin_memory": False, "bf16": False, "seed": 0, "disable_tqdm": True,
 }  # fmt: skip
 
@@ -45,7 +45,7 @@ class Watch:
 
     def __init__(self) -> None:
         self.ready = 0.0  # when the rows began to be prepared
-        self.found: dict[str, Any] = {"targets": [], "tokens": [], "patches": [], "losses": []}
+        self.found: dict[str, Any] = {"rows": 0.0, "targets": [], "tokens": [], "patches": [], "losses": []}
 
     @contextlib.contextmanager
     def around(self) -> Iterator[None]:
@@ -177,7 +177,7 @@ def llamafactory(job: dict[str, Any], watch: Watch) -> None:
         "disable_gradient_checkpointing": True, "output_dir": str(Path(job["output"]) / "run"), "report_to": "none",
         "overwrite_cache": True, "ddp_timeout": 1800, "trust_remote_code": False, "fp16": False,
     })  # fmt: skip
-    watch.found["prepared"] = spent
+    watch.found["rows"] = spent
 
 
 PEERS = {

@@ -68,7 +68,8 @@ class TrainConfig:
     "What several processes share: null (DDP), or zero2, zero3, zero3_offload, fsdp2 of scripts/engines/, or a .json of one's own."
     parts: dict[str, Any] = field(default_factory=dict)
     "train_parts (vision, merger, language, head), their PART_learning_rate and PART_weight_decay; lora_alpha, lora_dropout, lora_parts, "
-    "lora_targets, quantize; recompute (the parts whose activations are computed again in the backward pass)."
+    "lora_targets, quantize; recompute (the parts whose activations are computed again in the backward pass); vision_cache (GB per process "
+    "for a frozen tower's features of pictures that come again; 0 unless set)."
     loss: dict[str, Any] = field(default_factory=dict)
     "What is added to the objective: kl and kl_direction (forward, reverse), cadft (beta), full_weight (kinds of tokens)."
     collator: dict[str, Any] = field(default_factory=dict)
@@ -204,6 +205,17 @@ def _check(config: TrainConfig) -> None:
         )
     if not config.lora and not config.train_parts:
         raise ConfigError(f"train_parts: expected some of {', '.join(PARTS)}, found none.")
+    if config.parts.get("vision_cache") and {"vision", "merger"} & {
+        *config.train_parts,
+        *config.parts.get("lora_parts", ()),
+    }:
+        raise ConfigError(
+            "vision_cache keeps what a frozen vision tower makes of a picture, but vision or merger is trained. Leave one of them out."
+        )
+    if config.parts.get("vision_cache") and config.engine:
+        raise ConfigError(
+            "vision_cache needs the tower whole in every process, but engine shards it. Leave one of them out."
+        )
     if config.precision not in PRECISIONS:
         raise ConfigError(f"precision: expected one of {', '.join(PRECISIONS)}, found {config.precision!r}.")
     for name in ("epochs", "learning_rate", "batch_size", "micro_batch", "max_length", "processes"):

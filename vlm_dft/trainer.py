@@ -24,6 +24,7 @@ from vlm_dft.kinds import kind_bits
 from vlm_dft.loss_head import Compatibility, Kl, LossMixin, response_hidden, sample_indices, sample_means
 from vlm_dft.objectives import IGNORE, Objective, find_objective
 from vlm_dft.runs import write_json
+from vlm_dft.vision_cache import KEYS, VisionCache, why_not_cached
 
 STAGING = ".incomplete"  # a checkpoint is written here and renamed into place when it is whole
 STATE = "loss_state.json"  # in a checkpoint: what CADFT knows of the samples before, and what starves
@@ -39,6 +40,7 @@ class DFTTrainer(Trainer):
     off, else `reference` is a frozen copy. cadft: beta of the sample-level factor (0: none); a sample's mean NLL is held
     against those of earlier steps, so that the result does not depend on how a step is split. full_weight: kinds of
     tokens (kinds.KINDS) with w = 1 whatever the objective. sources: ChatCollator's `tag_sources`, for the diagnostics.
+    vision_cache: keeps the features of pictures that come again; the collator is then a KeyedCollator.
     on_alarm: called on the first process with what starves (diagnostics.Alarm), also collected in `alarms`.
 
     The stock Trainer counts no targets for models with `accepts_loss_kwargs = False` (all Qwen-VL), so that its loss
@@ -56,6 +58,7 @@ class DFTTrainer(Trainer):
         cadft: float = 0.0,
         full_weight: Sequence[str] = (),
         sources: Sequence[str] = (),
+        vision_cache: VisionCache | None = None,
         on_alarm: Callable[[Alarm], Any] = lambda alarm: LOGGER.warning(alarm.message),
         **kwargs: Any,
     ) -> None:
@@ -77,6 +80,16 @@ class DFTTrainer(Trainer):
                 "reference = a frozen copy is not sharded by DeepSpeed or FSDP. Train with LoRA, and leave it out: the reference is "
                 "then the model with its adapters off."
             )
+        if vision_cache is not None:
+            sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+            reason = (
+                "a reference copy sees the pictures too"
+                if reference is not None
+                else why_not_cached(self.model, sharded=sharded)
+            )
+            if reason:
+                raise ModelError(f"Vision features cannot be kept: {reason}. Leave vision_cache out.")
+        self.vision_cache = vision_cache
         self.objective: str | Objective = objective
         self.kl, self.cadft = kl, cadft
         self.reference = None if reference is None else reference.eval().requires_grad_(False)
@@ -114,6 +127,13 @@ class DFTTrainer(Trainer):
         """sum(w * -log p) over this micro-batch / targets of the step, times the ranks that will be averaged over."""
         inputs = dict(inputs)
         labels, kinds, sources = inputs["labels"], inputs.pop("token_kinds", None), inputs.pop("source_ids", None)
+        keys = inputs.pop(KEYS, None)
+        if self.vision_cache is not None and keys is not None and "pixel_values_videos" not in inputs:
+            with self.accelerator.autocast():
+                features = self.vision_cache.features(
+                    self.model, keys, inputs.pop("pixel_values"), inputs["image_grid_thw"]
+                )
+            inputs["mm_encoder_outputs"] = {"image": features}
         settings: dict[str, Any] = {"objective": self.objective, "num_items": num_items_in_batch}
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             settings["num_items"] = num_items_in_batch / self.accelerator.num_processes

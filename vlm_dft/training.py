@@ -39,6 +39,7 @@ from vlm_dft.vision_attention import (
     uses_window_attention,
     window_samples,
 )
+from vlm_dft.vision_cache import KeyedCollator, VisionCache
 
 
 class _Rows(Dataset[Example]):
@@ -197,12 +198,15 @@ def train_objective(
         echo(f"      {choices}")
         if last is not None:
             echo(f"      continuing from {last}")
+    room = config.parts.get("vision_cache")
+    cache = VisionCache(room * 1e9) if room else None
     metrics = Metrics(folder / "metrics.jsonl", f"      {objective}", echo is not None)
     trainer = DFTTrainer(
         model=model,
         args=arguments,
         train_dataset=_Rows(examples),
-        data_collator=collator,
+        data_collator=collator if cache is None else KeyedCollator(collator),
+        vision_cache=cache,
         processing_class=processor,
         objective=objective,
         **loss_terms(config),
@@ -213,6 +217,8 @@ def train_objective(
     metrics.alarms = trainer.alarms
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=str(last) if last else None)
+    if cache is not None and echo is not None:
+        echo(f"      {cache.summary()}")
     reached = last_checkpoint(folder)
     if reached != final:
         raise ModelError(
