@@ -56,11 +56,10 @@ class Watch:
 
         class Marks(TrainerCallback):  # type: ignore[misc]
             def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-                found["prepared"] = cpu() - watch.ready
+                found["prepared"], found["before"] = cpu() - watch.ready, resident("VmRSS")
 
             def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-                if state.global_step == 1:  # weights, gradients and moments are there
-                    found["state"] = resident("VmRSS")
+                if state.global_step == 1:  # what loading the model needed is over
                     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
                     found["first"], found["wall"] = cpu(), time.perf_counter()
 

@@ -152,7 +152,7 @@ def whole_table(found: dict[str, list[dict[str, Any]]]) -> list[str]:
     """A markdown row per trainer."""
     columns = (
         "trainer", "response tokens per CPU s", "ours, packed is faster by", "ours, padded by", "peak RSS, MB", "ours, packed of it",
-        "over the state after step 1, MB", "loss of step 1",
+        "over RSS before step 1, MB", "loss of step 1",
     )  # fmt: skip
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]  # fmt: skip
     for name, runs in found.items():
@@ -161,7 +161,7 @@ def whole_table(found: dict[str, list[dict[str, Any]]]) -> list[str]:
             mean([rate(own) / other for own, other in zip(found[f"ours, {way}"], speed, strict=False)], 2)
             for way in ("packed", "padded")
         ]
-        peaks, over = [r["peak"] / 1e6 for r in runs], [(r["peak"] - r["state"]) / 1e6 for r in runs]
+        peaks, over = [r["peak"] / 1e6 for r in runs], [(r["peak"] - r["before"]) / 1e6 for r in runs]
         share = statistics.median(r["peak"] / 1e6 for r in found["ours, packed"]) / statistics.median(peaks)
         lines.append(
             f"| {name} | {mean(speed)} | {by[0]} | {by[1]} | {mean(peaks)} | {share:.2f} | {mean(over)} | {runs[0]['losses'][0]:.4e} |"
@@ -221,6 +221,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3, help="of a whole trainer; the first is not counted")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--only", choices=("whole", "step", "overhead"), help="measure one of the three")
     parser.add_argument("--markdown", type=Path, help="write the tables here too")
     parser.add_argument("--json", type=Path, help="write every single measurement here")
     options = parser.parse_args()
@@ -238,16 +239,18 @@ def main() -> None:
         for vocabulary in vocabularies:
             make_model(folder / str(vocabulary), vocabulary)
             job = {"model": str(folder / str(vocabulary)), "batch": BATCH, "min_pixels": 3136, "max_pixels": 200_704}
+            wanted = {options.only} if options.only else {"whole", "step", "overhead"}
             parts = {"rounds": rounds, "trl": not refused["trl"], "parts": vocabulary == 8192, "rows": rows[:BATCH]}
-            print(f"vocabulary {vocabulary:,}: the step alone", file=sys.stderr)
-            steps[vocabulary] = run(
-                "step_alone.py", [], sys.executable if refused["trl"] else python_of("trl"), {**job, **parts}, folder
-            )
-            for way in ("overhead", "overhead_packed"):
-                name = f"V {vocabulary:,}, {'packed' if 'packed' in way else 'padded'}"
+            if "step" in wanted:
+                print(f"vocabulary {vocabulary:,}: the step alone", file=sys.stderr)
+                python = sys.executable if refused["trl"] else python_of("trl")
+                steps[vocabulary] = run("step_alone.py", [], python, {**job, **parts}, folder)
+            for way in ("overhead", "overhead_packed") if "overhead" in wanted else ():
+                print(f"vocabulary {vocabulary:,}: {way}", file=sys.stderr)
                 count = BATCH * (12 if vocabulary == 8192 else 4)
+                name = f"V {vocabulary:,}, {'packed' if 'packed' in way else 'padded'}, {count // BATCH} steps"
                 overhead[name] = run("train_ours.py", [way], sys.executable, {**job, "rows": rows[:count]}, folder)
-        for turn in range(rounds):
+        for turn in range(rounds if "whole" in wanted else 0):
             for name, (script, way, peer) in list(WAYS.items())[:: 1 if turn % 2 else -1]:
                 if peer is not None and refused[peer]:
                     continue
@@ -264,13 +267,13 @@ def main() -> None:
                     refused[peer or name] = str(error)
                     continue
                 whole.setdefault(name, []).append(found)
+    if options.json:
+        options.json.write_text(json.dumps({"whole": whole, "steps": steps, "overhead": overhead}), encoding="utf-8")
     whole = {name: whole[name] for name in WAYS if name in whole}
     lines = report(options, rounds, vocabularies[-1], whole, steps, overhead, refused)
     print("\n".join(lines))
     if options.markdown:
         options.markdown.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    if options.json:
-        options.json.write_text(json.dumps({"whole": whole, "steps": steps, "overhead": overhead}), encoding="utf-8")
 
 
 def report(
@@ -290,17 +293,23 @@ def report(
         f"{commit.stdout.strip()}; torch {version('torch')}, transformers {version('transformers')}. Means over {rounds} interleaved "
         f"round{'s, ± the standard error' if rounds > 1 else ''}; fp32, one thread. Random Qwen2.5-VL (hidden 256, 4 layers, vision depth 4, "
         f"head tied), real TabMWP tables, responses of {RESPONSE.start} to {RESPONSE.stop - 1} tokens, everything trained.",
-        "",
-        f"## Whole trainers, V = {vocabulary:,}, {options.steps} steps of {BATCH} rows, the first not counted",
-        "",
-        *whole_table(whole),
     ]  # fmt: skip
+    if whole:
+        lines += [
+            "",
+            f"## Whole trainers, V = {vocabulary:,}, {options.steps} steps of {BATCH} rows, the first not counted",
+            "",
+            *whole_table(whole),
+        ]
     if any(refused.values()):
         lines += ["", *(f"- {peer}: not measured: {why}" for peer, why in refused.items() if why)]
     for size, found in steps.items():
         lines += ["", f"## The step alone, V = {size:,}", "", *step_table(found)]
-    lines += ["", "## What is neither model, loss, optimiser nor collator", "", *overhead_table(overhead)]
-    return [*lines, "", "## By part, V = 8,192, packed", "", *parts_tables(next(iter(steps.values())))]
+    if overhead:
+        lines += ["", "## What is neither model, loss, optimiser nor collator", "", *overhead_table(overhead)]
+    if steps:
+        lines += ["", "## By part, V = 8,192, packed", "", *parts_tables(next(iter(steps.values())))]
+    return lines
 
 
 if __name__ == "__main__":

@@ -132,6 +132,19 @@ def test_the_check_passes_where_it_is_right_and_leaves_the_model_as_it_was(proce
     assert not any(module._forward_hooks for module in model.modules())
 
 
+def test_the_check_knows_the_arithmetic_of_a_forward_in_autocast(
+    processor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As accelerate wraps a model: fp32 weights and bf16 products, whose roundings are no alarm."""
+    import vlm_dft.vision_attention as ours
+
+    model = attach_loss(load_model("tiny"))
+    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+    use_window_attention(model)
+    monkeypatch.setitem(ours.TOLERANCES, torch.float32, -1.0)
+    assert check_window_attention(model, ChatCollator(processor)(window_samples())) < ours.TOLERANCES[torch.bfloat16]
+
+
 def test_the_check_finds_attention_that_looks_beyond_its_window(
     processor: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

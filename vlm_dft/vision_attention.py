@@ -193,7 +193,14 @@ def check_window_attention(model: Any, batch: dict[str, Any]) -> float:
     configs = {id(module.config): module.config for module in attentions}.values()
     towers = [m for m in whole.modules() if isinstance(m, PreTrainedModel) and any(m.config is c for c in configs)]
     modes, seen = {module: module.training for module in whole.modules()}, list[Tensor]()
-    hooks = [tower.register_forward_hook(lambda _, __, found: seen.append(_features(found))) for tower in towers]
+    kind, arithmetic = parameter.device.type, [parameter.dtype]
+
+    def look(module: nn.Module, args: Any, found: Any) -> None:
+        seen.append(_features(found))
+        if torch.is_autocast_enabled(kind):  # accelerate puts the model's own forward into it
+            arithmetic[0] = torch.get_autocast_dtype(kind)
+
+    hooks = [tower.register_forward_hook(look) for tower in towers]
     whole.eval()
     try:
         before = _calls
@@ -211,11 +218,10 @@ def check_window_attention(model: Any, batch: dict[str, Any]) -> float:
             config._attn_implementation = WINDOWS
         for module, mode in modes.items():
             module.training = mode
-    name, kind = type(whole).__name__, parameter.device.type
+    name, dtype = type(whole).__name__, arithmetic[0]
     if reached < len(attentions):
         raise ModelError(f"{name}: cu_seqlens reached {reached} of the {len(attentions)} attentions of its tower.")
     worst = float(((ours - stock).norm(dim=-1) / stock.norm(dim=-1).clamp_min(1e-30)).max())
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else parameter.dtype
     if not worst <= TOLERANCES[dtype]:  # nan fails
         raise ModelError(
             f"attention by window length changes what {name} sees: the features of a patch differ by {worst:.2g} of their size "
