@@ -34,7 +34,6 @@ def training_arguments_of(config: TrainConfig, folder: Path, n_examples: int) ->
         "adam_beta2": 0.95,
         "max_grad_norm": 1.0,
         "bf16": half,
-        **({"activation_checkpointing": True} if gpu else {}),
         "use_cpu": not gpu,
         "dataloader_pin_memory": gpu,
         "dataloader_num_workers": 4 if gpu else 0,

@@ -9,7 +9,7 @@ import ast
 import dataclasses
 import importlib.util
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -70,7 +70,8 @@ class TrainConfig:
     "What several processes share: null (DDP), zero2, zero3, zero3_offload, fsdp2 (scripts/engines/), or a .json of one's own."
     parts: dict[str, Any] = field(default_factory=dict)
     "train_parts (vision, merger, language, head), their PART_learning_rate and PART_weight_decay; lora_alpha, lora_dropout, lora_parts, "
-    "lora_targets, quantize; recompute (the parts whose activations are computed again in the backward pass)."
+    "lora_targets, quantize; recompute (the parts whose activations are computed again in the backward pass); vision_cache (GB per process "
+    "for a frozen tower's features of pictures that come again; 0 unless set)."
     loss: dict[str, Any] = field(default_factory=dict)
     "What is added to the objective: kl and kl_direction (forward, reverse), cadft (beta), full_weight (kinds of tokens)."
     collator: dict[str, Any] = field(default_factory=dict)
@@ -116,13 +117,23 @@ class TrainConfig:
         return dataclasses.asdict(self)
 
 
+def recomputed_parts(asked: list[str] | None, trained: Collection[str], device: str) -> list[str]:
+    """The parts to recompute: those asked for; else on a GPU the language model, and the tower where it is trained."""
+    if asked is not None:
+        return asked
+    if device != "cuda":
+        return []
+    return ["language", *(["vision"] if {"vision", "merger"} & set(trained) else [])]
+
+
 FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig)}
 OWNED_BY_US = {  # HF name -> ours: two names for one setting would contradict each other
     "per_device_train_batch_size": "batch_size and micro_batch", "gradient_accumulation_steps": "batch_size",
     "num_train_epochs": "epochs", "output_dir": "output", "warmup_steps": "warmup", "bf16": "precision",
     "fp16": "precision", "remove_unused_columns": "nothing: the collator needs every column", "data_seed": "seed",
     "label_smoothing_factor": "nothing: smoothed labels are not DFT",
-    "gradient_checkpointing": "activation_checkpointing", "save_strategy": "save_steps",
+    "gradient_checkpointing": "recompute", "activation_checkpointing": "recompute", "gradient_checkpointing_kwargs": "recompute",
+    "activation_checkpointing_kwargs": "recompute", "save_strategy": "save_steps",
     "save_only_model": "nothing: a checkpoint without the optimiser's state cannot be continued",
     "eval_strategy": "evaluate_every", "load_best_model_at_end": "keep_best", "metric_for_best_model": "keep_best",
     "dataloader_drop_last": "nothing: every row is used", "deepspeed": "engine", "fsdp": "engine", "fsdp_config": "engine",
@@ -207,6 +218,17 @@ def _check(config: TrainConfig) -> None:
         )
     if not config.lora and not config.train_parts:
         raise ConfigError(f"train_parts: expected some of {', '.join(PARTS)}, found none.")
+    if config.parts.get("vision_cache") and {"vision", "merger"} & {
+        *config.train_parts,
+        *config.parts.get("lora_parts", ()),
+    }:
+        raise ConfigError(
+            "vision_cache keeps what a frozen vision tower makes of a picture, but vision or merger is trained. Leave one of them out."
+        )
+    if config.parts.get("vision_cache") and config.engine:
+        raise ConfigError(
+            "vision_cache needs the tower whole in every process, but engine shards it. Leave one of them out."
+        )
     if config.precision not in PRECISIONS:
         raise ConfigError(f"precision: expected one of {', '.join(PRECISIONS)}, found {config.precision!r}.")
     for name in ("epochs", "learning_rate", "batch_size", "micro_batch", "max_length", "processes"):

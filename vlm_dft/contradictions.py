@@ -24,7 +24,7 @@ NAMES = {"optim": ("training_args", "OptimizerNames"), "lr_scheduler_type": ("tr
 
 def check_together(config: TrainConfig) -> None:
     """Every rule below. Raises ConfigError with what was found and what to do."""
-    for rule in (_attention, _lora, _parts, _recompute, _watching, _numbers, _batch, _names):
+    for rule in (_attention, _lora, _parts, _watching, _numbers, _batch, _names):
         rule(config)
 
 
@@ -77,14 +77,6 @@ def _parts(config: TrainConfig) -> None:
                     f"{name} = {config.parts[name]:g}, but {part} is not trained. Found train_parts = "
                     f"{config.train_parts}{f' and lora_parts = {adapted}' if config.lora else ''}. Name it there, or leave {name} out."
                 )
-
-
-def _recompute(config: TrainConfig) -> None:
-    asked, whole = config.parts.get("recompute"), config.trainer.get("activation_checkpointing")
-    if asked is not None and whole is not None and bool(asked) != bool(whole):
-        raise ConfigError(
-            f"recompute = {asked} and activation_checkpointing = {whole} contradict each other. Keep recompute: it says which parts."
-        )
 
 
 def _watching(config: TrainConfig) -> None:

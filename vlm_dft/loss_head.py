@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vlm_dft.anchor import Anchor, Direction, check_direction
 from vlm_dft.errors import ModelError
+from vlm_dft.last_layer import last_rows_alone
 from vlm_dft.linear_loss import fused_linear_loss
 from vlm_dft.objectives import IGNORE, Objective
 from vlm_dft.packing import PACKED_KEYS
@@ -285,8 +286,10 @@ def check_loss(model: Any, batch: dict[str, Any]) -> float:
 
 def response_hidden(model: Any, labels: Tensor, inputs: dict[str, Any]) -> Tensor:
     """[n, H], the last hidden states of the rows that predict a target; all vision inputs are passed on."""
-    hidden = model.model(**{**inputs, "use_cache": False}).last_hidden_state  # [B, L, H]
-    return cast(Tensor, hidden[:, :-1][labels[:, 1:] != IGNORE])
+    rows = nn.functional.pad(labels[:, 1:] != IGNORE, (0, 1))  # [B, L]; the last predicts nothing
+    with last_rows_alone(model, rows):
+        hidden = model.model(**{**inputs, "use_cache": False}).last_hidden_state  # [B, L, H]
+    return cast(Tensor, hidden[rows])
 
 
 def sample_indices(labels: Tensor, inputs: dict[str, Any]) -> Tensor:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, Literal
 
-from vlm_dft.config import TrainConfig
+from vlm_dft.config import TrainConfig, recomputed_parts
 from vlm_dft.dimensions import Dimensions, vision_width
 from vlm_dft.engines import Engine
 from vlm_dft.families import find_family, part_of
@@ -281,11 +281,10 @@ def _gathered(
 
 
 def recomputed(config: TrainConfig, *, gpu: bool) -> set[str]:
-    """The parts whose activations are computed again in the backward pass: both on a GPU, unless said otherwise."""
+    """The parts whose activations are computed again in the backward pass."""
+    adapted = config.parts.get("lora_parts", ["language"]) if config.lora else []
     asked = config.parts.get("recompute")
-    if asked is not None:
-        return set(asked)
-    return {"vision", "language"} if config.trainer.get("activation_checkpointing", gpu) else set()
+    return set(recomputed_parts(asked, [*config.train_parts, *adapted], "cuda" if gpu else "cpu"))
 
 
 def largest_micro_batch(config: TrainConfig, model: Dimensions, media: int | None = None) -> tuple[Micro, str]:

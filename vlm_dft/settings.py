@@ -175,6 +175,7 @@ GROUPS: dict[str, dict[str, Reader]] = {
         "lora_targets": patterns,
         "quantize": one_of(*QUANTIZE),
         "recompute": some_of("vision", "language"),
+        "vision_cache": number(0),
     },
     "loss": {"kl": number(0), "kl_direction": kl_direction, "cadft": number(0), "full_weight": full_weight},
     "collator": {

@@ -23,6 +23,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from vlm_dft.checkpoints import STAGING, CheckpointError, expected_bytes, failed, newest_whole, rotate, seal
 from vlm_dft.config import OWN_STRATEGIES
 from vlm_dft.diagnostics import Alarm, StarvationAlarms, TokenDiagnostics
+from vlm_dft.embedding import give_in_place_gradient
 from vlm_dft.errors import ModelError
 from vlm_dft.kinds import kind_bits
 from vlm_dft.loss_head import Compatibility, Kl, LossMixin, response_hidden, sample_indices, sample_means
@@ -31,6 +32,7 @@ from vlm_dft.order import SilentCollator, Split, StepSampler, WithSilentPlaces
 from vlm_dft.parts import Parts, part_rates, split_groups
 from vlm_dft.proof import GradientProof
 from vlm_dft.runs import write_json
+from vlm_dft.vision_cache import KEYS, VisionCache, why_not_cached
 
 WINDOW = "window_{}.pt"  # in a checkpoint, one a process: what it has gathered since the last log
 STATE = "loss_state.json"  # in a checkpoint: what CADFT knows of the samples before, and what starves
@@ -49,6 +51,7 @@ class DFTTrainer(Trainer):
     parts: gives each part its learning rate and weight decay. proof: looks at the gradients of the first steps.
     lengths: tokens of each example, if they are known: the examples of a step are then dealt to micro-batches and processes
     by length. on_alarm: called on the first process with what starves (diagnostics.Alarm), also collected in `alarms`.
+    vision_cache: keeps the features of pictures that come again; the collator is then a KeyedCollator.
     on_activity: called with "training", "evaluating" and "saving" when one of them begins.
     `watch`: what evaluates while training (watching.Watch), in place of the stock evaluation of a loss.
 
@@ -73,6 +76,7 @@ class DFTTrainer(Trainer):
         lengths: Sequence[int] | None = None,
         parts: Parts | None = None,
         proof: GradientProof | None = None,
+        vision_cache: VisionCache | None = None,
         on_alarm: Callable[[Alarm], Any] = lambda alarm: LOGGER.warning(alarm.message),
         on_activity: Callable[[str], Any] = lambda what: None,
         **kwargs: Any,
@@ -103,6 +107,16 @@ class DFTTrainer(Trainer):
                 "Parts have rates of their own, which a DeepSpeed engine does not have whose file has an optimizer of its own. Leave "
                 "`optimizer` out of that file: the optimiser is then that of `optim`."
             )
+        if vision_cache is not None:
+            sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+            reason = (
+                "a reference copy sees the pictures too"
+                if reference is not None
+                else why_not_cached(self.model, sharded=sharded)
+            )
+            if reason:
+                raise ModelError(f"Vision features cannot be kept: {reason}. Leave vision_cache out.")
+        self.vision_cache = vision_cache
         self.objective: str | Objective = objective
         self.kl, self.cadft = kl, cadft
         self.parts, self.proof = parts, proof
@@ -125,7 +139,11 @@ class DFTTrainer(Trainer):
         trained: Any = self.model
         head = trained.get_output_embeddings()
         alone = self.args.world_size == 1 and not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
-        self._head = head if isinstance(head, LossMixin) and alone and self.accelerator.scaler is None else None
+        alone = alone and self.accelerator.scaler is None
+        embedding = give_in_place_gradient(trained.get_input_embeddings()) if alone else None
+        self._in_place = [
+            layer for layer in (head if alone and isinstance(head, LossMixin) else None, embedding) if layer is not None
+        ]
 
     def _check_order(self) -> None:
         """Refuse what would make a step depend on how it is split, or leave examples out."""
@@ -182,7 +200,7 @@ class DFTTrainer(Trainer):
         return self._order
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Train; on one process the head's gradient is formed in place, since nobody reduces or scales it.
+        """Train; on one process the gradients of head and embeddings are formed in place, since nobody reduces or scales them.
 
         resume_from_checkpoint: a checkpoint's folder, or True for the newest whole one of output_dir.
         """
@@ -194,13 +212,13 @@ class DFTTrainer(Trainer):
                 raise CheckpointError(f"No whole checkpoint to resume from in {self.args.output_dir!r}.")
             resume_from_checkpoint = str(found)
         self._resumed = str(resume_from_checkpoint) if resume_from_checkpoint else None
-        if self._head is not None:
-            self._head.in_place = True
+        for layer in self._in_place:
+            layer.in_place = True
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
-            if self._head is not None:
-                self._head.in_place, self._head._kept = False, None
+            for layer in self._in_place:
+                layer.in_place, layer._kept = False, None
 
     def create_optimizer(self, model: Any = None) -> Any:
         """The stock optimiser, its groups split by part where parts have rates of their own."""
@@ -229,6 +247,13 @@ class DFTTrainer(Trainer):
         """sum(w * -log p) over this micro-batch / targets of the step, times the ranks that will be averaged over."""
         inputs = dict(inputs)
         labels, kinds, sources = inputs["labels"], inputs.pop("token_kinds", None), inputs.pop("source_ids", None)
+        keys = inputs.pop(KEYS, None)
+        if self.vision_cache is not None and keys is not None and "pixel_values_videos" not in inputs:
+            with self.accelerator.autocast():
+                features = self.vision_cache.features(
+                    self.model, keys, inputs.pop("pixel_values"), inputs["image_grid_thw"]
+                )
+            inputs["mm_encoder_outputs"] = {"image": features}
         settings: dict[str, Any] = {"objective": self.objective, "num_items": num_items_in_batch}
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             settings["num_items"] = num_items_in_batch / self.accelerator.num_processes

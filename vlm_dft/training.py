@@ -22,7 +22,7 @@ from vlm_dft.boards import Boards
 from vlm_dft.chat import Example
 from vlm_dft.checkpoints import check_room, expected_bytes, newest_whole
 from vlm_dft.collators import ChatCollator
-from vlm_dft.config import TrainConfig
+from vlm_dft.config import TrainConfig, recomputed_parts
 from vlm_dft.engines import check_devices, check_runs, find_engine
 from vlm_dft.errors import ModelError, RowError
 from vlm_dft.families import find_family, part_of
@@ -41,11 +41,20 @@ from vlm_dft.pace import Pace
 from vlm_dft.parts import Parts, draw_parts, prepare_parts
 from vlm_dft.progress import Metrics
 from vlm_dft.proof import GradientProof
+from vlm_dft.recompute import use_recompute
 from vlm_dft.runs import sweep, write_json
 from vlm_dft.segment_attention import check_packing, use_segment_attention
 from vlm_dft.sources import MediaAccess
 from vlm_dft.stopping import StopOnSignal, Stopped
 from vlm_dft.trainer import DFTTrainer
+from vlm_dft.vision_attention import (
+    check_window_attention,
+    stop_window_attention,
+    use_window_attention,
+    uses_window_attention,
+    window_samples,
+)
+from vlm_dft.vision_cache import KeyedCollator, VisionCache
 from vlm_dft.watching import DEFAULT_LIMIT, Watch
 
 
@@ -87,6 +96,32 @@ class _Packing(TrainerCallback):
         check_packing(model, self.collator)
 
 
+class _Windows(TrainerCallback):
+    """Goes back to stock sdpa, and says so, where vision attention by window length is not what it was."""
+
+    def __init__(self, collator: ChatCollator, say: Callable[[str], Any]) -> None:
+        other = collator.apart()
+        other.packing, other.tag_sources = False, None
+        self.batch, self.say = other(window_samples()), say
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        try:
+            check_window_attention(model, self.batch)
+        except ModelError as error:
+            stop_window_attention(model)
+            self.say(f"      vision attention back to window by window: {error}")
+
+
+def checks_of(model: Any, collator: ChatCollator, say: Callable[[str], Any]) -> list[TrainerCallback]:
+    """What is proven of a model before its first step."""
+    windows = uses_window_attention(model)
+    return [
+        _Loss(collator),
+        *([_Packing(collator)] if collator.packing else []),
+        *([_Windows(collator, say)] if windows else []),
+    ]
+
+
 def make_collator(processor: Any, config: TrainConfig, **changes: Any) -> ChatCollator:
     """The collator of a run: what is too long is dropped unless the config says otherwise."""
     words = {"too_long": "drop", **config.collator, **changes}
@@ -119,7 +154,13 @@ def prepare_model(config: TrainConfig) -> tuple[Any, Parts, str]:
     if config.collator.get("packing") and attention == "sdpa":
         use_segment_attention(model)
         reason += ", segment by segment in packed rows"
+    if attention == "sdpa":
+        why_not = use_window_attention(model)
+        reason += f", the vision tower by stock sdpa ({why_not})" if why_not else ", vision windows by length"
     model, parts = prepare_parts(model, config)
+    recomputed = use_recompute(model, recomputed_parts(config.parts.get("recompute"), parts.moving, device_kind()))
+    if recomputed:
+        reason += f"; recomputed in the backward pass: {', '.join(recomputed)}"
     return model, parts, f"attention {attention} ({reason})"
 
 
@@ -152,7 +193,7 @@ def needs_dummy_image(model: Any, arguments: TrainingArguments, examples: Sequen
             "ZeRO-3 and FSDP gather the vision tower once for the pictures and once for the videos of a batch, and the processes "
             "would wait for each other where one has no videos. Train pictures and videos apart, or with zero2 or DDP."
         )
-    family = find_family(model.config.model_type)
+    family = find_family(model)
     towers = (p for name, p in model.named_parameters() if part_of(name, family) in ("vision", "merger"))
     trained = any(parameter.requires_grad for parameter in towers)
     texts = any(not (e.images or e.videos) for e in examples)
@@ -231,11 +272,14 @@ def train_objective(
         view = View(known, echo)
     metrics = Metrics(folder / "metrics.jsonl", Pace(_pauses(config, arguments)), view)
     watch = _watch(config, processor, folder)
+    room = config.parts.get("vision_cache")
+    cache = VisionCache(room * 1e9) if room else None
     trainer = DFTTrainer(
         model=model,
         args=arguments,
         train_dataset=_Rows(examples),
-        data_collator=collator,
+        data_collator=collator if cache is None else KeyedCollator(collator),
+        vision_cache=cache,
         processing_class=processor,
         objective=objective,
         **loss_terms(config),
@@ -245,12 +289,7 @@ def train_objective(
         proof=GradientProof(parts, proved),
         on_alarm=metrics.say,
         on_activity=metrics.now,
-        callbacks=[
-            stop,
-            _Loss(collator),
-            *([_Packing(collator)] if collator.packing else []),
-            *([watch] if watch else []),
-        ],
+        callbacks=[stop, *checks_of(model, collator, echo or (lambda line: None)), *([watch] if watch else [])],
     )
     trainer.callback_handler.callbacks.insert(0, metrics)  # before the loggers, which get the speed that it measures
     check_runs(find_engine(config.engine), trainer.accelerator.distributed_type.name)
@@ -266,6 +305,8 @@ def train_objective(
     finally:
         stop.restore()
         metrics.boards.close()
+    if cache is not None and echo is not None:
+        echo(f"      {cache.summary()}")
     finished = finish(config, folder, steps)
     reached = folder / f"checkpoint-{trainer.state.global_step}"
     if finished is None and stop.received:
