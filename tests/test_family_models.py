@@ -195,3 +195,11 @@ def test_a_model_without_a_tower_or_with_an_encoder_is_refused() -> None:
         find_family(skeleton("mistral4"))
     with pytest.raises(ModelError, match="Florence2.* is not a decoder"):
         attach_loss(skeleton("florence2"))
+
+
+def test_a_model_type_alone_will_do_for_the_families_of_the_table() -> None:
+    assert find_family("qwen3_vl") == find_family(build_model("qwen3_vl"))
+    with pytest.raises(
+        ModelError, match="No family is described for model type 'blip-2', and without the model none is"
+    ):
+        find_family("blip-2")
