@@ -17,7 +17,8 @@ from vlm_dft.families import PARTS
 if TYPE_CHECKING:
     from vlm_dft.config import TrainConfig
 
-ATTENTIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
+FLASH_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}  # what each imports
+ATTENTIONS = ("sdpa", "eager", *FLASH_PACKAGES)
 OF_LORA = ("lora_alpha", "lora_dropout", "lora_parts", "lora_targets", "quantize")
 NAMES = {"optim": ("training_args", "OptimizerNames"), "lr_scheduler_type": ("trainer_utils", "SchedulerType")}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from vlm_dft.adapters import add_lora as add_lora
+from vlm_dft.contradictions import FLASH_PACKAGES
 from vlm_dft.errors import ModelError
 from vlm_dft.locate import base_model, resolve_model
 from vlm_dft.parts import freeze_parts as freeze_parts
@@ -117,11 +119,8 @@ def _obstacle(attention: str, device: str, half: bool, model: str) -> str | None
         said = "Hopper GPUs, 9.0" if attention == "flash_attention_3" else "GPUs of compute capability 8.0 or more"
         return f"it is made for {said}, this one has {'.'.join(map(str, capability))}"
     try:  # an installed package may still lack its compiled part
-        if attention == "flash_attention_3":
-            from flash_attn_interface import flash_attn_varlen_func  # type: ignore[import-not-found]
-        else:
-            from flash_attn import flash_attn_varlen_func  # noqa: F401
-    except ImportError as error:
+        importlib.import_module(FLASH_PACKAGES[attention]).flash_attn_varlen_func  # noqa: B018
+    except (ImportError, AttributeError) as error:
         return f"its package does not import ({error})"
     return None if takes_flash(model) else f"the layers of {model} do not take it"
 

@@ -11,6 +11,7 @@ from typing import Any
 from vlm_dft.benchmarks import read_benchmark
 from vlm_dft.boards import check_boards
 from vlm_dft.config import TrainConfig
+from vlm_dft.contradictions import FLASH_PACKAGES
 from vlm_dft.engines import Engine, check_devices, check_engine, check_installed
 from vlm_dft.errors import CardError, ConfigError, ModelError
 from vlm_dft.locate import resolve_model
@@ -74,7 +75,7 @@ def check_run(config: TrainConfig, *, dry_run: bool = False) -> Plan:
 
 def _check_installed(config: TrainConfig) -> None:
     """What a setting needs installed, looked up without importing it."""
-    needed = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}.get(str(config.attention))
+    needed = FLASH_PACKAGES.get(str(config.attention))
     if needed and importlib.util.find_spec(needed) is None:
         raise ModelError(
             f"attention = {config.attention} needs the package {needed}, which is not installed. Install it (see the extra "
