@@ -3,7 +3,7 @@
     python benchmarks/decomposition.py [--folder runs/decomposition] [--data path/to/tabmwp] [--markdown benchmarks/decomposition.md]
 
 Every run is held against one process that takes each step's eight rows in one padded batch, in the same precision. About 650
-short runs in one or two processes over gloo on CPU: 20 minutes on two cores, 3 GB in the folder. Runs that are there are kept.
+short runs in one or two processes over gloo on CPU: 20 minutes on two cores, 8 GB in the folder. Runs that are there are kept.
 With --data, also what dealing the rows of a step by length saves.
 """
 
