@@ -218,7 +218,7 @@ def test_full_weight_without_kinds_and_smoothed_labels_are_refused(
         DFTTrainer(model=attach_loss(load_model("tiny")), objective="dft", **common)
 
 
-def test_the_heads_gradient_is_formed_in_place_on_one_process_and_changes_nothing(
+def test_gradients_of_head_and_embeddings_are_formed_in_place_on_one_process_and_change_nothing(
     processor: Any, drawn: list[Any], tmp_path: Path
 ) -> None:
     ends = []
@@ -228,15 +228,16 @@ def test_the_heads_gradient_is_formed_in_place_on_one_process_and_changes_nothin
             model=model, args=training_arguments_of(config_of(micro_batch=2, max_steps=3), tmp_path / str(in_place), 24),
             train_dataset=drawn[:24], data_collator=ChatCollator(processor), objective="dft",
         )  # fmt: skip
-        head = model.get_output_embeddings()
-        assert trainer._head is head
+        layers = [model.get_output_embeddings(), model.get_input_embeddings()]
+        assert [id(layer) for layer in trainer._in_place] == [id(layer) for layer in layers]
         seen: list[bool] = []
-        head.register_forward_hook(lambda module, *_, seen=seen: seen.append(module.in_place))
+        for layer in layers:
+            layer.register_forward_hook(lambda module, *_, seen=seen: seen.append(module.in_place))
         if not in_place:
-            trainer._head = None
+            trainer._in_place = []
         trainer.train()
         assert set(seen) == {in_place}
-        assert not head.in_place and head._kept is None  # it was the Trainer's, not the model's
+        assert not any(layer.in_place or layer._kept is not None for layer in layers)  # they were the Trainer's
         ends.append(dict(model.state_dict()))
     assert apart(ends[0], ends[1]) < 1e-4
 
