@@ -89,9 +89,9 @@ def test_a_part_without_such_layers_is_refused() -> None:
 
 
 def test_the_start_line_says_what_is_recomputed() -> None:
-    _, line = prepare_model(config_of(recompute="language", train_parts="vision,language,head"))
+    _, _, line = prepare_model(config_of(recompute="language", train_parts="vision,language,head"))
     assert "recomputed in the backward pass: language" in line
-    _, line = prepare_model(config_of())
+    _, _, line = prepare_model(config_of())
     assert "recomputed" not in line
 
 

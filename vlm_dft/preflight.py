@@ -44,10 +44,6 @@ def check_run(config: TrainConfig, *, dry_run: bool = False) -> Plan:
     recipe = read_recipe(config.recipe)
     name = config.benchmark if config.benchmark is not None else recipe.get("benchmark")
     benchmark = None if name in (None, "none") else read_benchmark(str(name))
-    if benchmark is None and config.evaluation.get("evaluate_every"):
-        raise ConfigError(
-            f"evaluate_every needs a benchmark, and recipe {config.recipe!r} names none. Add benchmark = NAME, or leave it out."
-        )
     check_boards(config.trainer.get("report_to", "tensorboard"))
     world = int(os.environ.get("WORLD_SIZE", "1"))
     config = replace(config, output=config.output or default_output(config), benchmark=str(name) if name else "none")
