@@ -21,6 +21,7 @@
 #
 # Result: a table (base and trained: accuracy, standard error, count) and, in OUTPUT, the checkpoint, report.json and
 # report.html. Interrupted? The same command resumes. First use makes .venv: see scripts/setup.sh.
+# Exit status: 0 done; 2 something to put right; 143 after SIGTERM, 130 after Ctrl-C, both once the step is saved.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
@@ -57,10 +58,10 @@ if [[ " ${train[*]} " != *" --dry-run "* ]]; then
     [[ -z ${MASTER_ADDR:-} ]] || launch=("${launch[0]}" --master_addr "$MASTER_ADDR" "${launch[@]:1}")
     needs=(deepspeed)
   elif ((${NNODES:-1} > 1)); then
-    launch=(torchrun --nnodes "$NNODES" --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" --master_port "$port")
+    launch=(vlm-dft-launch --nnodes "$NNODES" --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" --master_port "$port")
     launch+=(--nproc_per_node "${NPROC:-1}" -m vlm_dft.cli)
   elif [[ ${NPROC:-1} != 1 || -n ${ENGINE:-} ]]; then # DeepSpeed wants its launcher for one process too
-    launch=(torchrun --standalone --nproc_per_node "${NPROC:-1}" -m vlm_dft.cli)
+    launch=(vlm-dft-launch --standalone --nproc_per_node "${NPROC:-1}" -m vlm_dft.cli)
   fi
   [[ -z ${ENGINE:-} || $ENGINE == fsdp2 ]] || grep -qs '"fsdp_config"' "$ENGINE" || needs=(deepspeed)
 fi

@@ -37,7 +37,7 @@ def test_the_paper_s_setting_on_paper(tmp_path: Path, capsys: pytest.CaptureFixt
     for line in (
         "# global batch: 8 processes x 1 examples x 16 accumulated = 128", "# steps: about 985 for 126,000 rows", '"stage": 3',
         "# tokens: not estimated, the rows are on the hub", "# engine: zero3, every auto filled", "fits; 80 GB a GPU",
-        "torchrun --standalone --nproc_per_node 8 -m vlm_dft.cli train --model Qwen/Qwen2.5-VL-7B-Instruct --recipe wethink --engine zero3 "
+        "vlm-dft-launch --standalone --nproc_per_node 8 -m vlm_dft.cli train --model Qwen/Qwen2.5-VL-7B-Instruct --recipe wethink --engine zero3 "
         "--processes 8", "no model was loaded, nothing was downloaded",
     ):  # fmt: skip
         assert line in out
@@ -96,7 +96,7 @@ def test_several_nodes_are_launched_as_the_script_does(
         monkeypatch.setenv(name, value)
     found, _ = look(tmp_path, capsys, "--recipe", "wethink", "--nproc", "16", "--batch_size", "64")
     assert found["launch"].startswith(
-        "torchrun --nnodes 2 --node_rank 1 --master_addr 10.0.0.1 --master_port 29500 --nproc_per_node 8 -m vlm_dft.cli train"
+        "vlm-dft-launch --nnodes 2 --node_rank 1 --master_addr 10.0.0.1 --master_port 29500 --nproc_per_node 8 -m vlm_dft.cli train"
     )
     monkeypatch.setenv("HOSTFILE", "hosts")
     assert look(tmp_path, capsys, "--recipe", "wethink")[0]["launch"].startswith(

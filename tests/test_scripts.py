@@ -233,7 +233,7 @@ def front_door(machine: Machine, arguments: str, **settings: str) -> list[str]:
     env = machine.repo.parent / "env"
     write_program(env / "bin/python", PYTHON)
     (env / "bin/done").touch()
-    for program in ("vlm-dft", "torchrun", "deepspeed"):
+    for program in ("vlm-dft", "vlm-dft-launch", "deepspeed"):
         write_program(env / f"bin/{program}", f'#!{shutil.which("bash")}\nprintf "%s\\n" {program} "$@"\n')
     done = machine.run(f"bash scripts/train_qwenvl.sh {arguments}", VIRTUAL_ENV=str(env), **settings)
     assert done.returncode == 0, done.stderr
@@ -270,23 +270,23 @@ def test_front_door_passes_variables_and_words_on(machine: Machine) -> None:
     ("settings", "expected"),
     [
         ({"NPROC": "1"}, "vlm-dft train --processes 1"),
-        ({"NPROC": "2"}, "torchrun --standalone --nproc_per_node 2 -m vlm_dft.cli train --processes 2"),
+        ({"NPROC": "2"}, "vlm-dft-launch --standalone --nproc_per_node 2 -m vlm_dft.cli train --processes 2"),
         (
             {"ENGINE": "zero3"},
-            "torchrun --standalone --nproc_per_node 1 -m vlm_dft.cli train --engine zero3",
+            "vlm-dft-launch --standalone --nproc_per_node 1 -m vlm_dft.cli train --engine zero3",
         ),
         (
             {"ENGINE": "zero3_offload", "NPROC": "8"},
-            "torchrun --standalone --nproc_per_node 8 -m vlm_dft.cli train --engine zero3_offload --processes 8",
+            "vlm-dft-launch --standalone --nproc_per_node 8 -m vlm_dft.cli train --engine zero3_offload --processes 8",
         ),
         (
             {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "NPROC": "8", "ENGINE": "fsdp2"},
-            "torchrun --nnodes 2 --node_rank 1 --master_addr 10.0.0.1 --master_port 29500 --nproc_per_node 8 -m vlm_dft.cli "
+            "vlm-dft-launch --nnodes 2 --node_rank 1 --master_addr 10.0.0.1 --master_port 29500 --nproc_per_node 8 -m vlm_dft.cli "
             "train --engine fsdp2 --processes 16",
         ),
         (
             {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29733"},
-            "torchrun --nnodes 2 --node_rank 0 --master_addr 127.0.0.1 --master_port 29733 --nproc_per_node 1 -m vlm_dft.cli "
+            "vlm-dft-launch --nnodes 2 --node_rank 0 --master_addr 127.0.0.1 --master_port 29733 --nproc_per_node 1 -m vlm_dft.cli "
             "train --processes 2",
         ),
     ],

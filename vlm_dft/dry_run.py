@@ -134,11 +134,11 @@ def launch_line(config: TrainConfig, engine: Engine, words: Sequence[str] = ()) 
     elif nodes > 1:
         rank, address = os.environ.get("NODE_RANK", "RANK"), os.environ.get("MASTER_ADDR", "ADDRESS")
         start = (
-            f"torchrun --nnodes {nodes} --node_rank {rank} --master_addr {address} --master_port {port} --nproc_per_node "
+            f"vlm-dft-launch --nnodes {nodes} --node_rank {rank} --master_addr {address} --master_port {port} --nproc_per_node "
             f"{config.processes // nodes} -m vlm_dft.cli"
         )
     elif config.processes > 1 or engine is not DDP:
-        start = f"torchrun --standalone --nproc_per_node {config.processes} -m vlm_dft.cli"
+        start = f"vlm-dft-launch --standalone --nproc_per_node {config.processes} -m vlm_dft.cli"
     else:
         start = "vlm-dft"
     return " ".join([start, *given])
