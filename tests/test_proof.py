@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_distributed import ROOT, apart, launch, needs_deepspeed, torchrun
+from test_distributed import ROOT, apart, launch, torchrun
 
 from vlm_dft.models import load_model
 
@@ -26,7 +26,7 @@ CASES: dict[str, dict[str, Any]] = {
     "detached": {"mistake": "detached"},
     "detached lora": {"parts": {"lora": ["vision", "language"]}, "mistake": "detached"},
 }
-ENGINES = ["none", "ddp", "fsdp2", *(pytest.param(name, marks=needs_deepspeed) for name in ("zero2", "zero3"))]
+ENGINES = ["none", "ddp", "fsdp2", "zero2", "zero3"]
 Results = Callable[[str, str], dict[str, Any]]
 
 
@@ -100,7 +100,6 @@ def test_one_parameter_that_was_unfrozen_by_hand_is_found(case: str, engine: str
     assert "step 1, 1 parameters that were to stay frozen have a gradient: model.visual.blocks.1.norm1.weight." in said
 
 
-@needs_deepspeed
 def test_under_zero3_a_run_counts_whole_parameters_and_proves_what_it_trains(tmp_path: Path) -> None:
     """By train_objective under torchrun: each process holds half of every parameter. And with a learning rate of a part's own
     an optimiser of DeepSpeed's file, which would not have it, is refused."""

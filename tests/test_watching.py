@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import random
@@ -263,11 +262,6 @@ def test_the_front_door_reports_the_best_checkpoint_and_says_what_chose_it(tmp_p
     assert "Evaluated while training" in page and "samples became right or wrong on the way" in page
 
 
-needs_deepspeed = pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed (extra: deepspeed)"
-)
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(
@@ -275,7 +269,7 @@ needs_deepspeed = pytest.mark.skipif(
     [
         ("ddp", "DistributedDataParallel"),
         ("fsdp2", "FSDP"),
-        pytest.param("zero3", "DeepSpeedEngine", marks=needs_deepspeed),
+        ("zero3", "DeepSpeedEngine"),
     ],
 )
 def test_two_processes_share_an_evaluation_and_train_on_as_if_there_were_none(

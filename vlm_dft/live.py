@@ -23,7 +23,7 @@ from vlm_dft.reporting import percent
 
 MOST_OFTEN = 0.25  # seconds between two pictures, at least
 SHARE = 0.005  # of the time, at most, goes into drawing
-LINES = 100  # plain lines of a whole run, about, and one a minute
+LINES = 40  # plain lines of a whole run, about, and one a minute
 TOO_NARROW, WIDEST = 20, 120  # columns
 BLOCKS = " ▁▂▃▄▅▆▇█"
 
