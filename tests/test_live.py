@@ -159,7 +159,7 @@ def test_ten_thousand_logged_steps_are_about_a_hundred_plain_lines() -> None:
         for step in range(1, 10_001):
             view.known.step, view.known.logs = step, {"loss": 1 / step}
             view.logged()
-    assert 100 <= len(said) <= 102 and said[0].startswith("      step 1/10000  loss 1.0000")
+    assert 40 <= len(said) <= 42 and said[0].startswith("      step 1/10000  loss 1.0000")
     assert said[-1].startswith("      step 10000/10000")
 
 
