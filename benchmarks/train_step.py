@@ -7,7 +7,7 @@ Whole trainers: TRL 1.16's SFTTrainer, ms-swift 4.6 (with all logits, and with u
 an environment of its own, which --peers makes below the cache folder ($VLM_DFT_CACHE or ~/.cache/vlm_dft; 2 GB; torch is shared
 with this one, so that all compute with the same), each run in a process of its own, one after the other, rounds interleaved.
 The same model, rows, order, batch, steps, AdamW and one thread; see train_peers.py for what is counted. Response tokens
-are those of the rows, whatever a trainer makes of them; its own count of targets is checked against that.
+are those of the rows, as ours counts them; what each trainer saw (tokens, targets, loss) stands beside its speed.
 The step alone: a forward and backward pass on one batch, by the way the loss is computed (step_alone.py).
 CPU seconds, since machines are shared; only ratios within one run count. About 25 minutes with three rounds on an idle
 core, 3 minutes with --quick (a vocabulary of 8k for the whole trainers, one round). Linux only.
@@ -132,10 +132,10 @@ def run(script: str, arguments: list[str], python: Path | str, job: dict[str, An
     return dict(json.loads(result.read_text(encoding="utf-8")))
 
 
-def rate(found: dict[str, Any]) -> float:
+def rate(found: dict[str, Any], targets: list[int]) -> float:
     """Response tokens per CPU second after the first step, what was done with the rows before it shared out over the steps."""
-    counted = sum(found["targets"][1:])
-    return float(counted / (found["seconds"] + found["rows"] * counted / sum(found["targets"])))
+    counted = sum(targets[1:])
+    return float(counted / (found["seconds"] + found["rows"] * counted / sum(targets)))
 
 
 def mean(values: list[float], digits: int = 0) -> str:
@@ -148,19 +148,21 @@ def whole_table(found: dict[str, list[dict[str, Any]]]) -> list[str]:
     """A markdown row per trainer."""
     columns = (
         "trainer", "response tokens per CPU s", "ours, packed is faster by", "ours, padded by", "peak RSS, MB", "ours, packed of it",
-        "over RSS before step 1, MB", "loss of step 1",
+        "over RSS before step 1, MB", "tokens but padding", "targets", "loss of step 1",
     )  # fmt: skip
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]  # fmt: skip
+    targets = next(iter(found.values()))[0]["targets"]  # the peers train a line feed after each end of turn too
     for name, runs in found.items():
-        speed = [rate(r) for r in runs]
+        speed = [rate(r, targets) for r in runs]
         by = [
-            mean([rate(own) / other for own, other in zip(found[f"ours, {way}"], speed, strict=False)], 2)
+            mean([rate(own, targets) / other for own, other in zip(found[f"ours, {way}"], speed, strict=False)], 2)
             for way in ("packed", "padded")
         ]
         peaks, over = [r["peak"] / 1e6 for r in runs], [(r["peak"] - r["before"]) / 1e6 for r in runs]
         share = statistics.median(r["peak"] / 1e6 for r in found["ours, packed"]) / statistics.median(peaks)
+        seen = f"{sum(runs[0]['tokens']):,} | {sum(runs[0]['targets']):,} | {runs[0]['losses'][0]:.4e}"
         lines.append(
-            f"| {name} | {mean(speed)} | {by[0]} | {by[1]} | {mean(peaks)} | {share:.2f} | {mean(over)} | {runs[0]['losses'][0]:.4e} |"
+            f"| {name} | {mean(speed)} | {by[0]} | {by[1]} | {mean(peaks)} | {share:.2f} | {mean(over)} | {seen} |"
         )
     return lines
 
