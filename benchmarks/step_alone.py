@@ -32,7 +32,6 @@ from vlm_dft.vision_cache import KEYS, KeyedCollator, VisionCache
 
 Batch = dict[str, Any]
 Loss = Callable[[Any, Batch], Tensor]
-REPEATS = 2
 
 
 def examples_of(rows: list[dict[str, str]]) -> list[Example]:
@@ -87,16 +86,18 @@ CACHED = {"no cache": None, "a picture's first time": 0, "pictures known": 1}
 RECOMPUTED = {"none": (), "vision": ("vision",), "language": ("language",), "both": ("vision", "language")}
 
 
-def step(model: Any, batch: Batch, loss_of: Loss) -> dict[str, float]:
-    """CPU seconds of a pass (mean of REPEATS, after one that is not counted), peak memory over weights and gradients."""
-    for repeat in range(-1, REPEATS):
-        if repeat == 0:
+def step(model: Any, batches: list[Batch], loss_of: Loss) -> dict[str, Any]:
+    """CPU seconds of a pass over each batch, after one over the first that is not counted; peak memory over weights and kept gradients."""
+    losses = []
+    for k, batch in enumerate([batches[0], *batches]):
+        if k == 1:
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
             state, start = resident("VmRSS"), cpu()
         model.zero_grad()
         loss = loss_of(model, batch)
         loss.backward()
-    return {"seconds": (cpu() - start) / REPEATS, "over": resident("VmHWM") - state, "loss": loss.item()}
+        losses.append(loss.item())
+    return {"seconds": cpu() - start, "over": resident("VmHWM") - state, "loss": sum(losses[1:]) / len(batches)}
 
 
 def cached(model: Any, batch: Batch, times: int | None) -> dict[str, float]:
@@ -126,7 +127,7 @@ def tower(model: Any, grids: Tensor, patches: Tensor) -> dict[str, float]:
     return {"seconds": cpu() - start}
 
 
-def apart(function: Callable[..., dict[str, float]], *args: Any) -> dict[str, float]:
+def apart(function: Callable[..., dict[str, float]], *args: Any) -> dict[str, Any]:
     """The function's result, computed in a forked process."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
@@ -157,15 +158,16 @@ def stock(folder: str) -> Any:
 def main() -> None:
     torch.set_num_threads(1)
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    began, rows, processor = time.perf_counter(), examples_of(job["rows"][: job["batch"]]), load_processor(job["model"])
-    batches = {packed: ChatCollator(processor, packing=packed)(rows) for packed in (False, True)}
-    found: dict[str, Any] = {
-        "targets": int((batches[False]["labels"][:, 1:] != IGNORE).sum()),
-        "steps": {},
-        "recompute": {},
-        "tower": {},
+    began, processor, size = time.perf_counter(), load_processor(job["model"]), job["batch"]
+    examples = examples_of(job["rows"])
+    batches = {
+        packed: [ChatCollator(processor, packing=packed)(examples[k : k + size]) for k in range(0, len(examples), size)]
+        for packed in (False, True)
     }
-    found |= {"tokens": int(batches[False]["attention_mask"].sum()), "padded": batches[False]["input_ids"].numel()}
+    found: dict[str, Any] = {"rows": len(examples), "steps": {}, "recompute": {}, "cached": {}, "tower": {}}
+    found["targets"] = sum(int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in batches[False])
+    found["tokens"] = sum(int(batch["attention_mask"].sum()) for batch in batches[False])
+    found["padded"] = sum(batch["input_ids"].numel() for batch in batches[False])
     models = {
         "packed": prepared(job["model"], packed=True),
         "padded": prepared(job["model"], packed=False),
@@ -183,12 +185,15 @@ def main() -> None:
             found["recompute"][name] = [
                 apart(step, models["packed"], batches[True], ours) for _ in range(job["rounds"])
             ]
-        frozen, keyed = prepared(job["model"], packed=True), KeyedCollator(ChatCollator(processor, packing=True))(rows)
+        frozen, keyed = (
+            prepared(job["model"], packed=True),
+            KeyedCollator(ChatCollator(processor, packing=True))(examples[:size]),
+        )
         freeze_parts(frozen, {"language", "head"})
         for turn in range(job["rounds"]):
             for name, times in list(CACHED.items())[:: 1 if turn % 2 else -1]:
                 found["cached"].setdefault(name, []).append(apart(cached, frozen, keyed, times))
-        images = batches[False]["image_grid_thw"], batches[False]["pixel_values"]
+        images = batches[False][0]["image_grid_thw"], batches[False][0]["pixel_values"]
         large = torch.tensor([[1, 74, 74]])
         pictures = {
             f"{job['batch']} table pictures": images,

@@ -77,7 +77,8 @@ class Watch:
         def counted(trainer: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             shapes = {key: inputs[key].shape for key in ("input_ids", "pixel_values") if key in inputs}
             found["targets"].append(int((inputs["labels"][:, 1:] != -100).sum()))
-            found["tokens"].append(shapes["input_ids"].numel())
+            mask = inputs.get("attention_mask")
+            found["tokens"].append(shapes["input_ids"].numel() if mask is None else int((mask != 0).sum()))
             found["patches"].append(shapes["pixel_values"][0] if "pixel_values" in shapes else 0)
             return step(trainer, model, inputs, *args, **kwargs)
 
@@ -139,6 +140,9 @@ def swift(job: dict[str, Any], watch: Watch, *, keep: bool = False) -> None:
         "load_from_cache_file": False, "warmup_ratio": 0.0,
     })  # fmt: skip
     pipeline = SwiftSft(arguments)
+    pipeline.template.image_token_id = pipeline.tokenizer.convert_tokens_to_ids(
+        "<|image_pad|>"
+    )  # it knows that of Qwen's own alone
     watch.ready = cpu()
     pipeline.run()
 

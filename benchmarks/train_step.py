@@ -7,7 +7,7 @@ Whole trainers: TRL 1.16's SFTTrainer, ms-swift 4.6 (with all logits, and with u
 an environment of its own, which --peers makes below the cache folder ($VLM_DFT_CACHE or ~/.cache/vlm_dft; 2 GB; torch is shared
 with this one, so that all compute with the same), each run in a process of its own, one after the other, rounds interleaved.
 The same model, rows, order, batch, steps, AdamW and one thread; see train_peers.py for what is counted. Response tokens
-are those of the rows, whatever a trainer makes of them; its own count of targets is checked against that.
+are those of the rows, as ours counts them; what each trainer saw (tokens, targets, loss) stands beside its speed.
 The step alone: a forward and backward pass on one batch, by the way the loss is computed (step_alone.py).
 CPU seconds, since machines are shared; only ratios within one run count. About 25 minutes with three rounds on an idle
 core, 3 minutes with --quick (a vocabulary of 8k for the whole trainers, one round). Linux only.
@@ -41,7 +41,6 @@ WAYS = {  # name -> (script, its argument, environment)
     "ms-swift 4.6, logits_to_keep": ("train_peers.py", "swift_keep", "swift"),
     "LLaMA-Factory 0.9.5": ("train_peers.py", "llamafactory", "llamafactory"),
 }
-RESPONSE = range(20, 401)  # tokens
 BATCH = 8
 
 
@@ -99,21 +98,18 @@ def make_model(folder: Path, vocabulary: int) -> None:
 
 
 def choose_rows(data: str, count: int) -> list[dict[str, str]]:
-    """Shuffled rows of TabMWP whose responses have RESPONSE tokens."""
-    from vlm_dft.models import load_processor
+    """The first rows of TabMWP, shuffled."""
     from vlm_dft.recipes import load_recipe, read_recipe
 
     if not (Path(data) / "data" / "tabmwp").is_dir():
         sys.exit(f"No TabMWP at {data}: expected the folder that holds data/tabmwp (github.com/lupantech/PromptPG).")
     examples, _ = load_recipe(read_recipe("tabmwp"), data)
-    tokenizer = load_processor("tiny").tokenizer
     random.Random(0).shuffle(examples)
     rows: list[dict[str, str]] = []
-    for example in examples:
-        response = example.messages[1]["content"]
-        if len(rows) < count and len(tokenizer(response).input_ids) in RESPONSE:
-            prompt = next(part["text"] for part in example.messages[0]["content"] if part["type"] == "text")
-            rows.append({"image": str(Path(str(example.images[0])).resolve()), "prompt": prompt, "response": response})
+    for example in examples[:count]:
+        prompt = next(part["text"] for part in example.messages[0]["content"] if part["type"] == "text")
+        image = str(Path(str(example.images[0])).resolve())
+        rows.append({"image": image, "prompt": prompt, "response": example.messages[1]["content"]})
     return rows
 
 
@@ -136,10 +132,10 @@ def run(script: str, arguments: list[str], python: Path | str, job: dict[str, An
     return dict(json.loads(result.read_text(encoding="utf-8")))
 
 
-def rate(found: dict[str, Any]) -> float:
+def rate(found: dict[str, Any], targets: list[int]) -> float:
     """Response tokens per CPU second after the first step, what was done with the rows before it shared out over the steps."""
-    counted = sum(found["targets"][1:])
-    return float(counted / (found["seconds"] + found["rows"] * counted / sum(found["targets"])))
+    counted = sum(targets[1:])
+    return float(counted / (found["seconds"] + found["rows"] * counted / sum(targets)))
 
 
 def mean(values: list[float], digits: int = 0) -> str:
@@ -152,19 +148,21 @@ def whole_table(found: dict[str, list[dict[str, Any]]]) -> list[str]:
     """A markdown row per trainer."""
     columns = (
         "trainer", "response tokens per CPU s", "ours, packed is faster by", "ours, padded by", "peak RSS, MB", "ours, packed of it",
-        "over RSS before step 1, MB", "loss of step 1",
+        "over RSS before step 1, MB", "tokens but padding", "targets", "loss of step 1",
     )  # fmt: skip
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]  # fmt: skip
+    targets = next(iter(found.values()))[0]["targets"]  # the peers train a line feed after each end of turn too
     for name, runs in found.items():
-        speed = [rate(r) for r in runs]
+        speed = [rate(r, targets) for r in runs]
         by = [
-            mean([rate(own) / other for own, other in zip(found[f"ours, {way}"], speed, strict=False)], 2)
+            mean([rate(own, targets) / other for own, other in zip(found[f"ours, {way}"], speed, strict=False)], 2)
             for way in ("packed", "padded")
         ]
         peaks, over = [r["peak"] / 1e6 for r in runs], [(r["peak"] - r["before"]) / 1e6 for r in runs]
         share = statistics.median(r["peak"] / 1e6 for r in found["ours, packed"]) / statistics.median(peaks)
+        seen = f"{sum(runs[0]['tokens']):,} | {sum(runs[0]['targets']):,} | {runs[0]['losses'][0]:.4e}"
         lines.append(
-            f"| {name} | {mean(speed)} | {by[0]} | {by[1]} | {mean(peaks)} | {share:.2f} | {mean(over)} | {runs[0]['losses'][0]:.4e} |"
+            f"| {name} | {mean(speed)} | {by[0]} | {by[1]} | {mean(peaks)} | {share:.2f} | {mean(over)} | {seen} |"
         )
     return lines
 
@@ -185,13 +183,13 @@ def step_table(found: dict[str, Any]) -> list[str]:
     return [
         *lines,
         "",
-        f"{found['targets']:,} response tokens of {found['tokens']:,} in {BATCH} rows, {found['padded']:,} with padding.",
+        f"{found['targets']:,} response tokens of {found['tokens']:,} in {found['rows']} rows, in batches of {BATCH} padded to {found['padded']:,}.",
     ]
 
 
 def parts_tables(found: dict[str, Any]) -> list[str]:
     """What recomputing and the tower's attention cost."""
-    lines = ["| recomputed | CPU s a step | peak over the state, MB |", "|---|---|---|"]
+    lines = ["| recomputed | CPU s, 3 batches | peak over the state, MB |", "|---|---|---|"]
     for name, runs in found["recompute"].items():
         lines.append(
             f"| {name} | {mean([r['seconds'] for r in runs], 2)} | {statistics.median(r['over'] for r in runs) / 1e6:,.0f} |"
@@ -240,7 +238,12 @@ def main() -> None:
             make_model(folder / str(vocabulary), vocabulary)
             job = {"model": str(folder / str(vocabulary)), "batch": BATCH, "min_pixels": 3136, "max_pixels": 200_704}
             wanted = {options.only} if options.only else {"whole", "step", "overhead"}
-            parts = {"rounds": rounds, "trl": not refused["trl"], "parts": vocabulary == 8192, "rows": rows[:BATCH]}
+            parts = {
+                "rounds": rounds,
+                "trl": not refused["trl"],
+                "parts": vocabulary == 8192,
+                "rows": rows[: BATCH * 3 if vocabulary == 8192 else BATCH],
+            }
             if "step" in wanted:
                 print(f"vocabulary {vocabulary:,}: the step alone", file=sys.stderr)
                 python = sys.executable if refused["trl"] else python_of("trl")
@@ -292,7 +295,7 @@ def report(
         f"Made by `python benchmarks/train_step.py --peers{' --quick' if options.quick else ''}` on one core of an {model}, commit "
         f"{commit.stdout.strip()}; torch {version('torch')}, transformers {version('transformers')}. Means over {rounds} interleaved "
         f"round{'s, ± the standard error' if rounds > 1 else ''}; fp32, one thread. Random Qwen2.5-VL (hidden 256, 4 layers, vision depth 4, "
-        f"head tied), real TabMWP tables, responses of {RESPONSE.start} to {RESPONSE.stop - 1} tokens, everything trained.",
+        "head tied), real TabMWP tables, shuffled, everything trained.",
     ]  # fmt: skip
     if whole:
         lines += [
