@@ -67,7 +67,13 @@ def model_card(facts: Mapping[str, Any], exported: Mapping[str, Any] | None = No
     evaluation = _evaluation(facts)
     if evaluation:
         blocks += ["## Evaluation", evaluation]
-    blocks += ["## Use", _use(base, adapter)]
+    done = facts.get("report", {}).get("training", {}).get(objective, {})
+    inside = (
+        f"THIS_FOLDER/{Path(str(done['checkpoint'])).name}"
+        if done.get("checkpoint") and not exported
+        else "THIS_FOLDER"
+    )
+    blocks += ["## Use", _use(base, adapter, inside)]
     return "\n\n".join(blocks) + "\n"
 
 
@@ -127,7 +133,17 @@ def _training(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows += (
         [("loss", f"`{yaml.safe_dump(config['loss'], default_flow_style=True).strip()}`")] if config.get("loss") else []
     )
-    rows += [("optimiser steps", f"{done['steps']:,}")] if done.get("steps") else []
+    if done.get("steps"):
+        reached = done.get("step", done["steps"])
+        why = f" of {done['steps']:,}, {done['reason']}" if reached != done["steps"] else ""
+        rows.append(("optimiser steps", f"{reached:,}{why}"))
+    found = done.get("evaluations")
+    if found and Path(str(done["checkpoint"])).name != f"checkpoint-{found['last']['step']}":
+        best, last = (
+            f"{percent(found[k]['score'], found[k]['stderr'])} at step {found[k]['step']:,}" for k in ("best", "last")
+        )
+        said = f"the best of those evaluated while training ({found['decides']}, {found['best']['count']} samples, in %: {best}; last: {last})"
+        rows.append(("checkpoint", f"`{Path(str(done['checkpoint'])).name}`, {said}"))
     rows += [
         ("epochs", f"{config['epochs']:g}"),
         ("batch", f"{config['batch_size']} examples = {config['processes']} processes x {config['micro_batch']} x "
@@ -222,7 +238,7 @@ def _evaluation(facts: Mapping[str, Any]) -> str:
     return "Accuracy in % ± standard error, of n samples.\n\n" + _table(titles, rows)
 
 
-def _use(base: str, adapter: bool) -> str:
+def _use(base: str, adapter: bool, folder: str) -> str:
     if adapter:
         name = (
             "BASE" if not base or base in EMBEDDED or Path(base).is_absolute() else base
@@ -230,14 +246,14 @@ def _use(base: str, adapter: bool) -> str:
         load = (
             "from peft import PeftModel\nfrom transformers import AutoModelForImageTextToText, AutoProcessor\n\n"
             f'base = AutoModelForImageTextToText.from_pretrained("{name}", dtype="auto")\n'
-            'model = PeftModel.from_pretrained(base, "THIS_FOLDER")\n'
+            f'model = PeftModel.from_pretrained(base, "{folder}")\n'
         )
     else:
         load = (
             "from transformers import AutoModelForImageTextToText, AutoProcessor\n\n"
-            'model = AutoModelForImageTextToText.from_pretrained("THIS_FOLDER", dtype="auto")\n'
+            f'model = AutoModelForImageTextToText.from_pretrained("{folder}", dtype="auto")\n'
         )
-    return f'```python\n{load}processor = AutoProcessor.from_pretrained("THIS_FOLDER")\n```'
+    return f'```python\n{load}processor = AutoProcessor.from_pretrained("{folder}")\n```'
 
 
 def _table(titles: tuple[str, ...], rows: list[Any]) -> str:
