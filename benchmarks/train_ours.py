@@ -79,7 +79,7 @@ def ours(job: dict[str, Any], watch: Watch, *, packing: bool, shares: Shares | N
         **{key: TRAINING[key] for key in ("lr_scheduler_type", "logging_steps", "adam_beta2", "weight_decay", "optim")},
     }))  # fmt: skip
     set_seed(0)
-    model, _ = prepare_model(config)
+    model, _, _ = prepare_model(config)
     processor = load_processor(job["model"])
     watch.ready = cpu()
     examples = examples_of(job["rows"])

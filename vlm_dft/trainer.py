@@ -429,6 +429,7 @@ class DFTTrainer(Trainer):
             "logged_at": self._globalstep_last_logged,
             "norms": norms,
             "media": self._media,
+            "inputs": self._inputs,
             "diagnostics": self.diagnostics.state(),
         }
 
@@ -438,7 +439,7 @@ class DFTTrainer(Trainer):
             return
         kept = send_to_device(torch.load(path, map_location="cpu", weights_only=True), self.args.device)
         self._tr_loss, self._globalstep_last_logged = kept["loss"], kept["logged_at"]
-        self._norms, self._media = kept["norms"], kept["media"]
+        self._norms, self._media, self._inputs = kept["norms"], kept["media"], kept["inputs"]
         self.diagnostics.restore(kept["diagnostics"])
 
     def _name_best(self, folder: Path, name: str) -> None:
