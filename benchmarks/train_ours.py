@@ -68,6 +68,7 @@ def ours(job: dict[str, Any], watch: Watch, *, packing: bool, shares: Shares | N
     from vlm_dft.arguments import training_arguments_of
     from vlm_dft.config import resolve_config
     from vlm_dft.models import load_processor
+    from vlm_dft.pace import Pace
     from vlm_dft.progress import Metrics
     from vlm_dft.trainer import DFTTrainer
     from vlm_dft.training import checks_of, make_collator, prepare_model
@@ -86,7 +87,7 @@ def ours(job: dict[str, Any], watch: Watch, *, packing: bool, shares: Shares | N
     arguments = training_arguments_of(config, folder, len(examples))
     arguments.save_strategy = "no"
     collator = make_collator(processor, config, tag_sources=["tabmwp"])
-    metrics = Metrics(folder / "metrics.jsonl", "", False)
+    metrics = Metrics(folder / "metrics.jsonl", Pace({}), None)
     trainer = DFTTrainer(
         model=model, args=arguments, train_dataset=examples, data_collator=collator, processing_class=processor,
         objective="dft", sources=["tabmwp"], callbacks=[metrics, *checks_of(model, collator, print)],
