@@ -94,7 +94,7 @@ def place(folder: Path) -> str:
     """What a run was doing when it was killed, as far as its files tell."""
     if (folder / "predictions.jsonl").exists():
         return f"evaluating, {len((folder / 'predictions.jsonl').read_bytes().splitlines())} answers"
-    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_bytes().splitlines()[:-1]] if (
+    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_bytes().splitlines(True) if line.endswith(b"\n")] if (
         folder / "metrics.jsonl").is_file() else []  # fmt: skip
     saving = next((path.name for path in (folder / ".incomplete").glob("*")), None) if folder.is_dir() else None
     if saving and saving.startswith("old-"):

@@ -1,6 +1,6 @@
 """Run by test_proof.py: loss_worker.py's cases with parts, rates of their own, the proof by gradients, and mistakes made on purpose.
 
-Words: a folder and the groups of cases, as loss_worker.py takes them. A case has also: parts ({"whole": [...]} and/or
+Words: a folder with groups.json, as loss_worker.py takes it. A case has also: parts ({"whole": [...]} and/or
 {"lora": [...]}), rates ({part: [learning rate, weight decay]}) and mistake ("unfrozen", "detached").
 """
 

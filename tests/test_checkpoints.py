@@ -17,7 +17,7 @@ import torch
 
 from vlm_dft.checkpoints import CheckpointError, check_room, damage, expected_bytes, newest_whole, rotate, seal
 from vlm_dft.config import resolve_config
-from vlm_dft.errors import ConfigError
+from vlm_dft.errors import ConfigError, ModelError
 from vlm_dft.models import add_lora, load_model
 from vlm_dft.runs import hold, sweep
 from vlm_dft.training import train_objective
@@ -188,6 +188,99 @@ def test_a_run_folder_is_held_by_one_process_and_free_when_it_is_killed(tmp_path
     child.join()
     with hold(tmp_path):
         assert f"process {os.getpid()} on" in (tmp_path / ".lock").read_text()
+
+
+def test_a_run_folder_is_still_held_after_a_checkpoint_was_sealed_in_it(tmp_path: Path) -> None:
+    """Closing any handle of a file drops a process's POSIX locks on it."""
+    (tmp_path / "config.yaml").write_text("{}")
+    context = multiprocessing.get_context("spawn")
+    answer = context.Queue()
+    with hold(tmp_path):
+        sealed(tmp_path, 2)
+        child = context.Process(target=_try_to_hold, args=(str(tmp_path), answer))
+        child.start()
+        assert "is in use by another run" in answer.get(timeout=60)
+        child.join()
+
+
+def _try_to_hold(folder: str, answer: Any) -> None:
+    try:
+        with hold(Path(folder)):
+            answer.put("held")
+    except ConfigError as error:
+        answer.put(str(error))
+
+
+def test_what_is_not_a_number_is_not_saved(drawn: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two logs, after which the last checkpoint would be one of a diverged model, and the good ones rotated away."""
+    from vlm_dft.trainer import DFTTrainer
+
+    step = DFTTrainer.training_step
+
+    def broken(self: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = step(self, *args, **kwargs)
+        if self.state.global_step == 1:
+            next(p for p in self.model.parameters() if p.grad is not None).grad.fill_(float("nan"))
+        return loss
+
+    monkeypatch.setattr(DFTTrainer, "training_step", broken)
+    settings = {
+        **SETTINGS,
+        "max_steps": 4,
+        "save_steps": 1,
+        "logging_steps": 4,
+        "save_total_limit": 1,
+        "learning_rate": 1e-4,
+    }
+    with pytest.raises(
+        ModelError, match=r"Before a checkpoint: loss .*, gradient norm nan at step 2: the model has diverged"
+    ):
+        train_objective(resolve_config(("test", settings)), "dft", drawn[:32], tmp_path)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+def test_a_checkpoint_without_the_optimisers_state_is_not_continued(drawn: list[Any], tmp_path: Path) -> None:
+    config = resolve_config(("test", {**SETTINGS, "max_steps": 2, "save_steps": 1}))
+    train_objective(config, "dft", drawn[:16], tmp_path)
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    (tmp_path / "checkpoint-1" / "optimizer.pt").unlink()
+    manifest = json.loads((tmp_path / "checkpoint-1" / "manifest.json").read_text())
+    del manifest["files"]["optimizer.pt"]
+    (tmp_path / "checkpoint-1" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ModelError, match="holds no optimizer.pt, expected one: it was saved under another engine"):
+        train_objective(config, "dft", drawn[:16], tmp_path)
+
+
+def test_the_window_of_another_number_of_processes_is_taken_up_by_the_first(drawn: list[Any], tmp_path: Path) -> None:
+    config = resolve_config(("test", {**SETTINGS, "max_steps": 4, "save_steps": 2, "logging_steps": 4}))
+    train_objective(config, "dft", drawn[:32], tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "split")
+    checkpoint = tmp_path / "split" / "checkpoint-2"
+    for name in ("checkpoint-4", "finished.json"):
+        path = tmp_path / "split" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    window = torch.load(checkpoint / "window_0.pt", weights_only=True)
+    halves = []
+    for share in (
+        0.25,
+        0.75,
+    ):  # what two processes would have gathered: losses that are averaged, counts that are summed
+        sums = {name: value * share for name, value in window["diagnostics"].items()}
+        count = window["inputs"] // 4 if share < 0.5 else window["inputs"] - window["inputs"] // 4
+        halves.append({**window, "loss": window["loss"] * 2 * share, "inputs": count, "diagnostics": sums})
+    for k, half in enumerate(halves):
+        torch.save(half, checkpoint / f"window_{k}.pt")
+    aside = tmp_path / "split" / ".incomplete" / "checkpoint-2"
+    aside.parent.mkdir()
+    (checkpoint / "manifest.json").unlink()
+    checkpoint.rename(aside)
+    seal(aside, checkpoint, step=2, processes=2)
+    train_objective(config, "dft", drawn[:32], tmp_path / "split")
+    ours, expected = (
+        json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1]) for name in ("split", "whole")
+    )
+    for name in ("loss", "nll", "mean_p", "response_tokens", "input_tokens", "clip_rate"):
+        assert ours[name] == pytest.approx(expected[name], rel=1e-5), name
 
 
 def test_a_start_that_failed_leaves_no_folder_and_a_kill_leaves_no_half_files(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_a_kill_anywhere_in_a_save_leaves_the_checkpoint_before_or_the_new_one_w
 def train(output: Path, *words: str, module: tuple[str, ...] = ("vlm_dft.cli",)) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", *module, "train", *SMALL, "--output", str(output), *words],
-        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
 
 
@@ -82,27 +82,28 @@ def ended(running: subprocess.Popen[str]) -> tuple[int, str]:
 
 
 def test_a_run_that_is_told_to_stop_saves_its_step_and_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
-    """SIGTERM in training: 143. SIGINT: 130. Then SIGTERM in the evaluation: ended by the signal, at once. Then to the end."""
+    """SIGTERM to all its processes, loaders too: 143. SIGINT: 130. SIGTERM in the evaluation: ended, at once. Then to the end."""
     whole, run = tmp_path / "whole", tmp_path / "run"
-    assert ended(train(whole))[0] == 0
+    workers = ("--dataloader_num_workers", "2")
+    assert ended(train(whole, *workers))[0] == 0
     for number, rows, status in ((signal.SIGTERM, 2, 143), (signal.SIGINT, 5, 130)):
-        running = train(run)
+        running = train(run, *workers)
         wait_for(lambda rows=rows: len(logged(run)) >= rows, running)  # type: ignore[misc]
         if number == signal.SIGTERM:
             running.send_signal(signal.SIGSTOP)  # so that it does not end meanwhile
-            refusal, refused = ended(train(run))
+            refusal, refused = ended(train(run, *workers))
             running.send_signal(signal.SIGCONT)
             assert refusal == 2 and f"in use by another run (process {running.pid} on" in refused
-        running.send_signal(number)
+        os.killpg(running.pid, number)  # as launchers, schedulers and terminals do
         found, said = ended(running)
         last, _ = newest_whole(run)
         assert (found, last and last.name) == (status, f"checkpoint-{logged(run)[-1]['step']}"), said
         assert f"Stopped by {number.name}; {last} is saved. The same command continues from it." in said
-    running = train(run)
+    running = train(run, *workers)
     wait_for((run / "base" / "predictions.jsonl").is_file, running)
     running.terminate()
     assert ended(running)[0] == -signal.SIGTERM  # a shell says 143
-    assert ended(train(run))[0] == 0
+    assert ended(train(run, *workers))[0] == 0
     assert logged(run) == logged(whole)
     for name in ("checkpoint-10/model.safetensors", "predictions.jsonl", "scores.jsonl"):
         assert (run / name).read_bytes() == (whole / name).read_bytes(), name
@@ -110,7 +111,7 @@ def test_a_run_that_is_told_to_stop_saves_its_step_and_goes_on_as_if_nothing_had
 
 def test_two_processes_that_are_told_to_stop_save_the_same_step(tmp_path: Path) -> None:
     launched = ("vlm_dft.launch", "--standalone", "--nproc_per_node", "2", "-m", "vlm_dft.cli")
-    words = ("--processes", "2", "--micro_batch", "2", "--benchmark", "none")
+    words = ("--processes", "2", "--micro_batch", "2", "--benchmark", "none", "--dataloader_num_workers", "1")
     whole, run = tmp_path / "whole", tmp_path / "run"
     assert ended(train(whole, *words, module=launched))[0] == 0
     running = train(run, *words, module=launched)

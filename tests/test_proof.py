@@ -40,7 +40,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
         if engine not in said:
             cases = {f"{engine} {name}": {**CASES[name], **SPLITS[split]} for name in CASES}
             group = {"engine": engine, "processes": int(split[0]), "seconds": 180, "cases": cases}
-            said[engine] = launch([str(ROOT / "tests/parts_worker.py"), str(folder), json.dumps([group])], 200)
+            (folder / "groups.json").write_text(json.dumps([group]))
+            said[engine] = launch([str(ROOT / "tests/parts_worker.py"), str(folder)], 200)
         file = folder / f"{engine} {case}.pt"
         if not file.is_file():
             pytest.fail(f"{file.stem} did not end. stderr:\n{said[engine][-6000:]}")

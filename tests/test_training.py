@@ -142,6 +142,16 @@ def test_a_choice_of_parts_that_leaves_nothing_to_train_is_refused(drawn: list[A
         train_objective(config_of(train_parts="head"), "dft", drawn, tmp_path)
 
 
+def test_a_tower_is_not_trained_on_rows_of_text_alone(tmp_path: Path) -> None:
+    rows = [
+        Example([{"role": "user", "content": "Well?"}, {"role": "assistant", "content": f"{k} bars"}]) for k in range(8)
+    ]
+    with pytest.raises(
+        ModelError, match="vision and merger would be trained, but no row has a picture: nothing could move"
+    ):
+        train_objective(config_of(train_parts="vision,merger,language", max_steps=1), "dft", rows, tmp_path)
+
+
 def test_half_precision_without_a_gpu_is_refused(drawn: list[Any], tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")

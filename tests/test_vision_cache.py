@@ -124,7 +124,7 @@ def test_a_run_over_two_epochs_learns_the_same_and_says_what_it_saved(drawn: lis
         losses.append([row["loss"] for row in read_metrics(tmp_path / str(room) / "metrics.jsonl")])
     assert losses[1] == pytest.approx(losses[0], rel=1e-4) and len(losses[0]) == 4
     pictures = sum(len(example.images) for example in drawn[:16])
-    assert any(f"50% of {2 * pictures} pictures were known" in line for line in said)
+    assert any(f"50% of {2 * pictures} pictures were known" in str(line) for line in said)
 
 
 def test_the_collator_in_it_is_still_itself(processor: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,17 +16,20 @@ import numpy as np
 import pytest
 import torch
 
+from vlm_dft import watching
 from vlm_dft.benchmarks import load_benchmark, score_predictions
 from vlm_dft.cli import main
 from vlm_dft.collators import ChatCollator
 from vlm_dft.config import TrainConfig, resolve_config
-from vlm_dft.errors import ConfigError
+from vlm_dft.errors import ConfigError, ModelError
 from vlm_dft.evaluations import decided, read_evaluations, read_watched
 from vlm_dft.generation import generate
 from vlm_dft.metrics import summarise
 from vlm_dft.models import load_model
 from vlm_dft.progress import TIMING, read_metrics
 from vlm_dft.report_watch import choose_changed
+from vlm_dft.stopping import Stopped
+from vlm_dft.trainer import DFTTrainer
 from vlm_dft.training import train_objective
 from vlm_dft.watching import Watch
 
@@ -105,6 +109,66 @@ def test_the_best_checkpoint_outlives_rotation_and_stands_for_the_run(watched: P
     assert state["best_global_step"] == best and Path(state["best_model_checkpoint"]) == watched / f"checkpoint-{best}"
 
 
+@pytest.mark.parametrize("moment", ["in an evaluation", "in the step before one"])
+def test_a_signal_does_not_wait_for_an_evaluation_which_is_made_up_for(
+    moment: str, watched: Path, drawn: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(**WATCHED, keep_best=True)
+    if moment == "in an evaluation":
+        answer, calls = watching.answers, []
+
+        def answers(*args: Any, **kwargs: Any) -> Any:
+            calls.append(1)
+            if len(calls) == 2:  # the first is of the untrained model
+                os.kill(os.getpid(), signal.SIGTERM)
+            return answer(*args, **kwargs)
+
+        monkeypatch.setattr(watching, "answers", answers)
+    else:
+        step = DFTTrainer.training_step
+
+        def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if self.state.global_step == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return step(self, *args, **kwargs)
+
+        monkeypatch.setattr(DFTTrainer, "training_step", training_step)
+    with pytest.raises(Stopped, match="Stopped by SIGTERM; .*checkpoint-2 is saved") as stopped:
+        train_objective(config, "dft", drawn, tmp_path)
+    assert stopped.value.status == 143 and [row["step"] for row in read_evaluations(tmp_path)] == [0]
+    monkeypatch.undo()
+    train_objective(config, "dft", drawn, tmp_path)
+    assert without_times(read_evaluations(tmp_path)) == without_times(read_evaluations(watched))
+    assert logged(tmp_path) == logged(watched)
+    assert (tmp_path / "finished.json").read_bytes() == (watched / "finished.json").read_bytes()
+
+
+def test_a_signal_in_the_last_save_ends_the_run_which_is_finished(
+    drawn: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = DFTTrainer._save_checkpoint
+
+    def save_checkpoint(self: Any, *args: Any, **kwargs: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        save(self, *args, **kwargs)
+
+    monkeypatch.setattr(DFTTrainer, "_save_checkpoint", save_checkpoint)
+    with pytest.raises(Stopped, match="checkpoint-6 is saved"):
+        train_objective(config_of(), "dft", drawn, tmp_path)
+    assert json.loads((tmp_path / "finished.json").read_text())["step"] == 6
+    assert train_objective(config_of(), "dft", drawn, tmp_path).name == "checkpoint-6"
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_best_checkpoint_that_is_gone_is_missed(watched: Path, drawn: list[Any], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(watched, run)
+    best = json.loads((run / "finished.json").read_text())["checkpoint"]
+    shutil.rmtree(run / best)
+    with pytest.raises(ModelError, match=f"{best} was the best while training, and is not whole: it has no manifest"):
+        train_objective(config_of(**WATCHED, keep_best=True), "dft", drawn, run)
+
+
 def test_of_equal_scores_the_earlier_step_is_the_best() -> None:
     def row(step: int, score: float) -> dict[str, Any]:
         found = {"accuracy": score, "stderr": 0.1, "count": 4}
@@ -125,7 +189,7 @@ def test_a_run_without_improvement_ends_early_at_a_checkpoint(drawn: list[Any], 
     assert [row["step"] for row in read_evaluations(tmp_path)] == [0, 2, 4]
     finished = json.loads((tmp_path / "finished.json").read_text())
     assert (finished["step"], finished["steps"]) == (4, 20) and finished["reason"].startswith("stopped early")
-    assert any("stopped early" in line for line in said)
+    assert any("stopped early" in str(line) for line in said)
     state = json.loads((tmp_path / "checkpoint-4/trainer_state.json").read_text())
     assert state["best_global_step"] == 2 and state["best_model_checkpoint"] is None  # not asked to keep it
     for mark in ("finished.json", None):  # known from its mark, and without it from the evaluations
@@ -134,7 +198,7 @@ def test_a_run_without_improvement_ends_early_at_a_checkpoint(drawn: list[Any], 
         else:
             (tmp_path / "finished.json").unlink()
         assert train_objective(config, "dft", drawn, tmp_path, echo=said.append) == tmp_path / "checkpoint-4"
-        assert any("stopped early" in line for line in said) and len(logged(tmp_path)) == 4
+        assert any("stopped early" in str(line) for line in said) and len(logged(tmp_path)) == 4
 
 
 class Killed(BaseException):
@@ -217,9 +281,9 @@ def test_the_table_shows_first_what_changed_most() -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"patience": 3}, "patience = 3 is about evaluations while training"),
-        ({"keep_best": True}, "keep_best = True is about evaluations while training"),
-        ({"watch_limit": 8}, "watch_limit = 8 is about evaluations while training"),
+        ({"patience": 3}, "patience without evaluate_every: nothing is evaluated while training"),
+        ({"keep_best": True}, "keep_best without evaluate_every"),
+        ({"watch_limit": 8}, "watch_limit without evaluate_every"),
         ({"evaluate_every": 2, "benchmark": "none"}, "evaluate_every needs a benchmark"),
         ({"load_best_model_at_end": True}, "set by keep_best"),
     ],

@@ -40,7 +40,7 @@ def check_boards(report_to: Any) -> list[str]:
 
 
 def prepare_boards(folder: Path) -> None:
-    """Give the loggers this run's folder and one name for it, kept when the run goes on; what is set already is left."""
+    """Tell TensorBoard this run's folder, and wandb a project unless one is set. (A run that goes on is a new one for wandb.)"""
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
     os.environ.setdefault("WANDB_PROJECT", "vlm-dft")
 

@@ -5,6 +5,7 @@ A checkpoint is whole or not there: it is written aside, forced to the disk, giv
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -19,6 +20,7 @@ from vlm_dft.errors import UserError
 STAGING = ".incomplete"  # in the run folder: what is being written
 MANIFEST = "manifest.json"  # in a checkpoint, written last: {"step", "processes", "files": {name: {"bytes", "sha256"}}}
 BLOCK = 1 << 22
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class CheckpointError(UserError):
@@ -27,8 +29,8 @@ class CheckpointError(UserError):
 
 def seal(aside: Path, place: Path, *, step: int, processes: int) -> None:
     """Force a folder to the disk, write its manifest and rename it to its place. The run's own files beside it come first."""
-    for file in sorted(path for path in place.parent.iterdir() if path.is_file()):
-        _sync(file)  # metrics of the steps before must not be younger than the checkpoint
+    for file in sorted(path for path in place.parent.iterdir() if path.is_file() and not path.name.startswith(".")):
+        _sync(file)  # metrics of the steps before must not be younger; not .lock, which closing would unlock
     manifest = {"step": step, "processes": processes, "files": _described(aside, sync=True)}
     (aside / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     _sync(aside / MANIFEST)
@@ -98,8 +100,9 @@ def rotate(sealed: Path, keep: int | None, protected: Iterable[str | Path | None
     shutil.rmtree(run / STAGING, ignore_errors=True)
 
 
-def expected_bytes(model: Any, *, adapter: bool, state_bytes: int = 8) -> int:
-    """Size of a checkpoint to come: the weights (of an adapter: the trained ones) and state_bytes a trained parameter (AdamW: 8)."""
+def expected_bytes(model: Any, *, adapter: bool, optimiser: str = "adamw_torch") -> int:
+    """Size of a checkpoint to come, at least: the weights (of an adapter: the trained ones), and AdamW's two moments in fp32."""
+    state_bytes = 8 if "adamw" in optimiser and "bit" not in optimiser and "bnb" not in optimiser else 0
     total = 0
     for parameter in {id(p): p for p in model.parameters()}.values():
         count = getattr(parameter, "ds_numel", parameter.numel())
@@ -129,10 +132,13 @@ def check_room(run: Path, size: int, keep: int | None) -> str | None:
 def failed(run: Path, step: int, error: BaseException, size: int) -> CheckpointError:
     """The error of a save that did not succeed, which has left nothing behind."""
     last = next((path.name for path in reversed(_by_step(run))), None)
+    free = shutil.disk_usage(run).free
+    reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+    full = free < size or getattr(error, "errno", None) in FULL or "No space" in reason or "File too large" in reason
+    remedy = "Make room (--save_total_limit 1 keeps fewer)" if full else "Mend that"
     return CheckpointError(
-        f"The checkpoint of step {step} could not be written into {str(run)!r} ({str(error).splitlines()[0] or type(error).__name__}). It "
-        f"takes about {_gb(size)}; {_gb(shutil.disk_usage(run).free)} are left. Nothing half-written stays. Make room and run "
-        f"the same command again: it continues from {last or 'the beginning'}. --save_total_limit 1 keeps fewer."
+        f"The checkpoint of step {step} could not be written into {str(run)!r} ({reason}). It takes about {_gb(size)}; {_gb(free)} "
+        f"are left. Nothing half-written stays. {remedy}, and run the same command again: it continues from {last or 'the beginning'}."
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from vlm_dft.checkpoints import damage, newest_whole
 from vlm_dft.config import TrainConfig
+from vlm_dft.errors import ModelError
 from vlm_dft.evaluations import decided, read_evaluations
 from vlm_dft.reporting import percent
 from vlm_dft.runs import write_json
@@ -44,6 +45,10 @@ def finish(config: TrainConfig, folder: Path, steps: int) -> dict[str, Any] | No
         reason = f"stopped early, {found['since_best']} evaluations without improvement"
     best = config.evaluation.get("keep_best") and found
     chosen = folder / f"checkpoint-{found['best']['step']}" if best else newest
+    if wrong := damage(chosen, contents=False):
+        raise ModelError(
+            f"{chosen} was the best while training, and is not whole: {wrong}. Put it back, or remove the folder to start again."
+        )
     said = {"step": step, "steps": steps, "reason": reason, "checkpoint": chosen.name, "evaluations": found or None}
     if int(os.environ.get("RANK", "0")) == 0:
         write_json(folder / FINISHED, said)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -71,6 +72,11 @@ class GradientProof:
             return  # only what sees is left to prove
         norms = gradient_norms(trainer.accelerator.unwrap_model(trainer.model), trainer.is_deepspeed_enabled)
         step = trainer.state.global_step + 1
+        if bad := [name for name, (_, norm) in norms.items() if norm is not None and not math.isfinite(norm)]:
+            raise ModelError(
+                f"After the backward pass of step {step}, {len(bad)} gradients are not finite numbers: {_first(bad)}. A picture or a "
+                "weight is not a number, or the precision overflows; look at the rows with `vlm-dft inspect`, or use precision fp32."
+            )
         self._refuse_strangers(norms, step)
         if not any(norm for _, norm in norms.values()):
             return  # a step without a target, or all of whose weights are 0, proves nothing

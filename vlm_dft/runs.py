@@ -26,7 +26,6 @@ PLACES_ONLY = {
     "output",
     "processes",
     "micro_batch",
-    "engine",
 }  # may change between a run and its continuation: not the result
 PACKAGES = (
     "vlm-dft",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -44,13 +46,21 @@ class StopOnSignal(TrainerCallback):
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = self.received or number
+        if int(os.environ.get("RANK", "0")) == 0:  # not by print, in whose midst the signal may have come
+            os.write(
+                2, f"\n{signal.Signals(number).name}: saving after this step. Ctrl-C once more ends at once.\n".encode()
+            )
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def agree(self) -> int:
+        """The signal that any process has heard; all must call."""
         if self._group is not None:
             heard = torch.tensor(self.received)
             torch.distributed.all_reduce(heard, torch.distributed.ReduceOp.MAX, group=self._group)
             self.received = int(heard)
-        if self.received:
+        return self.received
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.agree():
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -61,3 +71,27 @@ class StopOnSignal(TrainerCallback):
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before.clear()
+
+
+class PatientWorker:
+    """Starts a data loader's worker that outlives what is sent to everyone (SIGTERM of a launcher or scheduler, Ctrl-C).
+
+    The step that is to be saved needs its batches. The process that made it may still end it.
+    """
+
+    def __init__(self, seed: Callable[[int], Any] | None) -> None:
+        self.seed = seed
+
+    def __call__(self, worker: int) -> None:
+        if self.seed is not None:
+            self.seed(worker)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if hasattr(signal, "sigwaitinfo"):
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+            threading.Thread(target=_wait_for, args=(os.getppid(),), daemon=True).start()
+
+
+def _wait_for(parent: int) -> None:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
+        pass
+    os._exit(0)

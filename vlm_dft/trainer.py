@@ -32,6 +32,7 @@ from vlm_dft.order import SilentCollator, Split, StepSampler, WithSilentPlaces
 from vlm_dft.parts import Parts, part_rates, split_groups
 from vlm_dft.proof import GradientProof
 from vlm_dft.runs import write_json
+from vlm_dft.stopping import PatientWorker
 from vlm_dft.vision_cache import KEYS, VisionCache, why_not_cached
 
 WINDOW = "window_{}.pt"  # in a checkpoint, one a process: what it has gathered since the last log
@@ -130,7 +131,8 @@ class DFTTrainer(Trainer):
         self._staging = False
         self._resumed: str | None = None  # the checkpoint that `train` goes on from
         self._norms: list[Any] = []  # gradient norms since the last log
-        self._normed_at = -1  # step of the last one
+        self._last_norm: Any = 0.0
+        self._normed_at = -1  # its step
         self._media: Tensor | None = None  # supervised media tokens since the last log; None: not counted
         self._inputs: Tensor | None = None  # all tokens since the last log, padding left out
         self._samples: list[Tensor] = []  # mean NLLs of this step's samples
@@ -180,6 +182,10 @@ class DFTTrainer(Trainer):
             loader: Any = super().get_train_dataloader()
         finally:
             self.train_dataset, self.data_collator = own, collator
+        if loader.num_workers:
+            start = PatientWorker(loader.worker_init_fn)
+            for one in (loader, getattr(loader, "base_dataloader", loader)):  # accelerate's, and the one that it reads
+                one.worker_init_fn = start
         loader.set_sampler(
             self._order
         )  # so that accelerate's samplers around it tell it the epoch, in a resumed run too
@@ -273,6 +279,7 @@ class DFTTrainer(Trainer):
             self.diagnostics.add(outputs, *own)
             mask = inputs.get("attention_mask")
             count = torch.tensor(labels.numel(), device=labels.device) if mask is None else mask.sum()
+            count = count * rows.any()  # a silent place's tokens are nobody's
             self._inputs = count if self._inputs is None else self._inputs + count
             types = inputs.get("mm_token_type_ids")
             if types is not None:
@@ -335,18 +342,21 @@ class DFTTrainer(Trainer):
             self._norms.clear()
             self._media = self._inputs = None
             if not math.isfinite(logs["loss"]) or math.isnan(logs.get("nll", 0.0)):
-                raise ModelError(
-                    f"The loss is {logs['loss']} (NLL {logs.get('nll', math.nan)}) at step {self.state.global_step}: the model has "
-                    "diverged, or a picture or weight is not a number. Lower learning_rate, and start again from the last checkpoint."
-                )
+                raise self._diverged(f"The loss is {logs['loss']} (NLL {logs.get('nll', math.nan)})")
         super().log(logs, start_time)
+
+    def _diverged(self, found: str) -> ModelError:
+        return ModelError(
+            f"{found} at step {self.state.global_step}: the model has diverged, or a picture or weight is not a number. Lower "
+            "learning_rate, and start again from the last checkpoint."
+        )
 
     def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
         if (
             grad_norm is not None and self._normed_at != self.state.global_step
         ):  # an epoch's end tells its last step's again
             self._norms.append(grad_norm)
-            self._normed_at = self.state.global_step
+            self._last_norm, self._normed_at = grad_norm, self.state.global_step
         pause = "evaluating" if self.control.should_evaluate else "saving" if self.control.should_save else None
         if pause:
             self.on_activity(pause)
@@ -380,6 +390,11 @@ class DFTTrainer(Trainer):
         """Save aside, seal, rename: a checkpoint is whole or not there. Raises CheckpointError in every process if one fails."""
         run, step = Path(str(self.args.output_dir)), self.state.global_step
         aside = run / STAGING / f"checkpoint-{step}"
+        finite = torch.isfinite(self._tr_loss) and math.isfinite(float(self._last_norm))
+        if self.accelerator.reduce(torch.tensor(float(not finite), device=self.args.device), "sum"):
+            raise self._diverged(
+                f"Before a checkpoint: loss {float(self._tr_loss)}, gradient norm {float(self._last_norm)}"
+            )
         if self.args.should_save:
             shutil.rmtree(run / STAGING, ignore_errors=True)
         if self.cadft:
@@ -404,7 +419,7 @@ class DFTTrainer(Trainer):
                 if self.state.best_global_step:
                     self.state.save_to_json(str(aside / TRAINER_STATE_NAME))
                 seal(aside, run / aside.name, step=step, processes=self.args.world_size)
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 wrong = error
         self._all_saved(wrong, run)
         if self.args.should_save:
@@ -418,7 +433,7 @@ class DFTTrainer(Trainer):
             return
         if self.args.should_save:
             shutil.rmtree(run / STAGING, ignore_errors=True)
-        size = expected_bytes(self.model, adapter=hasattr(self.model, "peft_config"))
+        size = expected_bytes(self.model, adapter=hasattr(self.model, "peft_config"), optimiser=str(self.args.optim))
         raise failed(run, self.state.global_step, wrong or OSError("another process failed"), size) from wrong
 
     def _window(self) -> dict[str, Any]:
@@ -434,13 +449,33 @@ class DFTTrainer(Trainer):
         }
 
     def _restore_window(self, checkpoint: str) -> None:
-        path = Path(checkpoint) / WINDOW.format(self.args.process_index)
-        if not path.is_file():
+        """Go on with this process's window; of another number of processes, with all of theirs in the first."""
+        rank, processes = self.args.process_index, len(list(Path(checkpoint).glob(WINDOW.format("*"))))
+        ranks = [rank] if processes == self.args.world_size else range(processes)
+        found = [torch.load(Path(checkpoint) / WINDOW.format(k), map_location="cpu", weights_only=True) for k in ranks]
+        if not found:
             return
-        kept = send_to_device(torch.load(path, map_location="cpu", weights_only=True), self.args.device)
+        kept: dict[str, Any] = {**found[0], "loss": torch.stack([one["loss"] for one in found]).mean()}
+        for name in ("media", "inputs"):
+            counts = [one[name] for one in found if one[name] is not None]
+            kept[name] = torch.stack(counts).sum() * (len(found) == 1 or rank == 0) if counts else None
+        sums = [one["diagnostics"] for one in found if one["diagnostics"] is not None]
+        mine = sums and (len(found) == 1 or rank == 0)
+        kept["diagnostics"] = {name: sum(one[name] for one in sums) for name in sums[0]} if mine else None
+        kept = send_to_device(kept, self.args.device)
         self._tr_loss, self._globalstep_last_logged = kept["loss"], kept["logged_at"]
         self._norms, self._media, self._inputs = kept["norms"], kept["media"], kept["inputs"]
         self.diagnostics.restore(kept["diagnostics"])
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As it is, but for a checkpoint without the optimiser's state, which the stock Trainer takes for a fresh start."""
+        alone = not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
+        if checkpoint is not None and alone and not (Path(checkpoint) / "optimizer.pt").is_file():
+            raise ModelError(
+                f"{checkpoint} holds no optimizer.pt, expected one: it was saved under another engine, or with save_only_model. Continue "
+                "with the engine that it was begun with."
+            )
+        super()._load_optimizer_and_scheduler(checkpoint)
 
     def _name_best(self, folder: Path, name: str) -> None:
         """The best checkpoint, which rotation spares, by its place: the stock Trainer names the folder it was written to."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Callable, Sequence
@@ -40,7 +41,7 @@ from vlm_dft.models import (
 from vlm_dft.pace import Pace
 from vlm_dft.parts import Parts, draw_parts, prepare_parts
 from vlm_dft.progress import Metrics
-from vlm_dft.proof import GradientProof
+from vlm_dft.proof import SEEING, GradientProof
 from vlm_dft.recompute import use_recompute
 from vlm_dft.runs import sweep, write_json
 from vlm_dft.segment_attention import check_packing, use_segment_attention
@@ -223,7 +224,7 @@ def train_objective(
             for line in finished_lines(finished):
                 echo(f"      {line}")
         return folder / str(finished["checkpoint"])
-    last, passed_over = newest_whole(folder)
+    last, passed_over = newest_whole(folder) if int(os.environ.get("RANK", "0")) == 0 else (None, [])
     arguments = training_arguments_of(config, folder, len(examples))
     if arguments.world_size != config.processes:
         raise ModelError(
@@ -255,14 +256,23 @@ def train_objective(
             echo("      batches of text alone carry a dummy image, since every process must use the vision tower")
         if last is not None:
             echo(f"      continuing from {last}")
-    size = expected_bytes(model, adapter=bool(config.lora))
+    size = expected_bytes(model, adapter=bool(config.lora), optimiser=str(arguments.optim))
     warning = check_room(folder, size, arguments.save_total_limit) if arguments.should_save else None
     if warning and echo is not None:
         echo(f"      {warning}")
 
+    seeing = [part for part in SEEING if part in parts.moving]
+    if seeing and not any(example.images or example.videos for example in examples):
+        raise ModelError(
+            f"{' and '.join(seeing)} would be trained, but no row has a picture: nothing could move them. Leave them out of train_parts "
+            "(or lora_parts)."
+        )
+    held = folder / "parts.json"  # of the run that goes on
+    before = json.loads(held.read_text("utf-8"))["proved"] if last is not None and held.is_file() else {}
+
     def proved(found: dict[str, Any]) -> None:
         if arguments.process_index == 0:
-            write_json(folder / "parts.json", {**parts.as_dict(), "proved": found})
+            write_json(held, {**parts.as_dict(), "proved": {**before, **found}})
 
     proved({})
     stop = StopOnSignal()
@@ -274,6 +284,7 @@ def train_objective(
     watch = _watch(config, processor, folder)
     room = config.parts.get("vision_cache")
     cache = VisionCache(room * 1e9) if room else None
+    proof = GradientProof(parts, proved)
     trainer = DFTTrainer(
         model=model,
         args=arguments,
@@ -286,7 +297,7 @@ def train_objective(
         sources=sources,
         lengths=lengths,
         parts=parts,
-        proof=GradientProof(parts, proved),
+        proof=proof,
         on_alarm=metrics.say,
         on_activity=metrics.now,
         callbacks=[stop, *checks_of(model, collator, echo or (lambda line: None)), *([watch] if watch else [])],
@@ -297,7 +308,7 @@ def train_objective(
     metrics.boards = Boards(trainer.callback_handler.callbacks)
     if watch is not None:
         metrics.watches(watch)
-        watch.trainer, trainer.watch = trainer, watch
+        watch.trainer, trainer.watch, watch.stop = trainer, watch, stop
     trainer.remove_callback(PrinterCallback)
     try:
         with view.shown() if view is not None else nullcontext():
@@ -309,7 +320,10 @@ def train_objective(
         echo(f"      {cache.summary()}")
     finished = finish(config, folder, steps)
     reached = folder / f"checkpoint-{trainer.state.global_step}"
-    if finished is None and stop.received:
+    unproved = [part for part in parts.moving if part not in {**before, **proof.found}]
+    if unproved and trainer.state.global_step and echo is not None:
+        echo(f"      {', '.join(unproved)}: no step had a gradient for it, so that nothing proves that it was trained")
+    if stop.received:
         name = signal.Signals(stop.received).name
         raise Stopped(f"Stopped by {name}; {reached} is saved. The same command continues from it.", stop.received)
     if finished is None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -19,12 +19,13 @@ from vlm_dft.benchmarks import score_row
 from vlm_dft.chat import Sample, text_of
 from vlm_dft.collators import ChatCollator
 from vlm_dft.errors import ImageError, ModelError
-from vlm_dft.evaluations import ANSWERS, EVALUATIONS, read_evaluations
+from vlm_dft.evaluations import ANSWERS, EVALUATIONS, decided, read_evaluations
 from vlm_dft.generation import answers
 from vlm_dft.media import open_image
 from vlm_dft.metrics import summarise
 from vlm_dft.reporting import percent
 from vlm_dft.runs import write_text
+from vlm_dft.stopping import StopOnSignal
 
 DEFAULT_LIMIT = 32  # samples of each split
 PICTURES = "pictures"  # in the folder of the answers
@@ -34,6 +35,10 @@ Rows = Sequence[Mapping[str, Any]]
 Scored = Callable[
     [int, Mapping[str, Mapping[str, Any]], str, Rows], Any
 ]  # step, metrics by split, the best so far, answers
+
+
+class _Left(Exception):  # not an error
+    """An evaluation is left for a signal."""
 
 
 class Watch(TrainerCallback):
@@ -55,17 +60,24 @@ class Watch(TrainerCallback):
         self.decides = next(iter(splits))  # the split whose accuracy does
         self.on_progress: Callable[[str], Any] = lambda detail: None
         self.trainer: Any = None
+        self.stop: StopOnSignal | None = None  # what hears of signals
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.process_index == 0:
             self._forget_after(state.global_step)
+        known = _of_first(read_evaluations(self.folder) if args.process_index == 0 else None, args.world_size)
+        self._recall(state, known)
         self._check_best(state)
-        if state.global_step == 0:
-            self.trainer.on_activity("evaluating")
+        if state.global_step % self.every == 0 and state.global_step not in {row["step"] for row in known}:
+            self.trainer.on_activity(
+                "evaluating"
+            )  # the untrained model; or a step that was saved without its evaluation
             self.evaluate(self.trainer)
             self.trainer.on_activity("training")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.stop is not None and self.stop.received:
+            return  # there is time to save, not to answer; that is made up for when the run goes on
         if state.global_step % self.every == 0 or state.global_step >= state.max_steps:
             control.should_evaluate = True
             control.should_save |= self.keep_best
@@ -73,7 +85,11 @@ class Watch(TrainerCallback):
     def evaluate(self, trainer: Any) -> dict[str, float]:
         """Answer and score the samples, write evaluations.jsonl and watch/step-<k>.jsonl; decide. Returns numbers to log."""
         state, started = trainer.state, monotonic()
-        scores, said = self._scores(trainer)
+        found = self._scores(trainer)
+        if found is None:
+            trainer.control.should_training_stop = trainer.control.should_save = True
+            return {}
+        scores, said = found
         splits = {split: _kept(found) for split, found in summarise(scores).items()}
         score = splits[self.decides]["accuracy"]
         better = state.global_step > 0 and (state.best_metric is None or score > state.best_metric)
@@ -93,21 +109,31 @@ class Watch(TrainerCallback):
         trainer.log(dict(numbers))
         return numbers
 
-    def _scores(self, trainer: Any) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
-        """Rows of scores in the samples' order, and rows of predictions by id; the same on every process."""
+    def _scores(self, trainer: Any) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]] | None:
+        """Rows of scores in the samples' order, and rows of predictions by id; the same on every process. None: a signal came."""
         together = (trainer.is_deepspeed_enabled and _stage(trainer) == 3) or trainer.is_fsdp_enabled
         world, rank = (1, 0) if together else (trainer.args.world_size, trainer.args.process_index)
         mine = self.samples[rank::world]
         of = f"{len(mine)}{f' x {world}' if world > 1 else ''}"
-        with _as_it_was(trainer.model), trainer.accelerator.autocast():
+
+        def on_batch(done: int) -> None:
+            self.on_progress(f"{done}/{of}")
+            if self.stop is not None and (self.stop.agree() if together else self.stop.received):
+                raise _Left
+
+        rows: list[dict[str, Any]] | None = None
+        with suppress(_Left), _as_it_was(trainer.model), trainer.accelerator.autocast():
             rows = answers(
-                trainer.model, self.collator, mine, batch_size=self.batch_size, together=together,
-                on_batch=lambda done: self.on_progress(f"{done}/{of}"),
-            )  # fmt: skip
+                trainer.model, self.collator, mine, batch_size=self.batch_size, together=together, on_batch=on_batch
+            )
         if world > 1:
             shares: list[Any] = [None] * world
             torch.distributed.all_gather_object(shares, rows)
-            rows = [row for share in shares for row in share]
+            rows = None if any(share is None for share in shares) else [row for share in shares for row in share]
+            if rows is None and self.stop is not None:
+                self.stop.agree()
+        if rows is None:
+            return None
         said = {row["id"]: row for row in rows}
         return [score_row(sample, said[sample.id]) for sample in self.samples], said
 
@@ -121,6 +147,12 @@ class Watch(TrainerCallback):
         since = self._worse_for(state)
         held = f", {since} of {self.patience} without improvement" if self.patience and since else ""
         return f"best {percent(state.best_metric)} at step {state.best_global_step}{held}"
+
+    def _recall(self, state: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+        """The best so far is what the evaluations say; a checkpoint may have been saved before the last of them."""
+        found = decided(rows)
+        if found:
+            state.best_metric, state.best_global_step = found["best"]["score"], found["best"]["step"]
 
     def _check_best(self, state: Any) -> None:
         step = state.best_global_step
@@ -205,3 +237,12 @@ def _as_it_was(model: Any) -> Iterator[None]:
         torch.set_rng_state(numbers[2])
         if on_gpu is not None:
             torch.cuda.set_rng_state(on_gpu)
+
+
+def _of_first(rows: Any, processes: int) -> list[dict[str, Any]]:
+    """The first process's rows, in all of them."""
+    held = [rows]
+    if processes > 1:
+        torch.distributed.broadcast_object_list(held)
+    found: list[dict[str, Any]] = held[0]
+    return found
