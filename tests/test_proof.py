@@ -129,7 +129,7 @@ def test_under_zero3_a_run_counts_whole_parameters_and_proves_what_it_trains(tmp
     (tmp_path / "engine.json").write_text(
         json.dumps({**file, "optimizer": {"type": "AdamW", "params": {"lr": "auto"}}})
     )
-    with pytest.raises(pytest.fail.Exception, match="whose file has an optimizer of its own"):
+    with pytest.raises(pytest.fail.Exception, match="leave the block out, and set optim"):
         torchrun(tmp_path, refused=words)
 
 
