@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from vlm_dft.config import resolve_config
-from vlm_dft.errors import ConfigError
+from vlm_dft.errors import ConfigError, ModelError
+from vlm_dft.preflight import check_run
 
 
 @pytest.mark.parametrize(
@@ -77,6 +79,15 @@ def test_settings_that_cannot_stand_together_are_refused(settings: dict[str, Any
 )
 def test_settings_that_can_stand_together_are_taken(settings: dict[str, Any]) -> None:
     resolve_config(("command line", settings))
+
+
+@pytest.mark.parametrize("settings", [{"lora": 4}, {"lora": 4, "quantize": "nf4"}], ids=["lora", "quantize"])
+def test_an_adapter_on_an_adapter_is_refused(settings: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "tiny"}')
+    config = resolve_config(("test", {"model": str(tmp_path), **settings}))
+    with pytest.raises(ModelError, match=rf"lora = 4.*Merge it first: vlm-dft export {tmp_path} OUT --merge"):
+        check_run(config, dry_run=True)
+    check_run(resolve_config(("test", {"model": str(tmp_path)})), dry_run=True)  # trained whole, it is merged
 
 
 def test_the_values_read_from_transformers_source_are_those_it_has() -> None:

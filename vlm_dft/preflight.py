@@ -39,7 +39,7 @@ class Plan:
 
 def check_run(config: TrainConfig, *, dry_run: bool = False) -> Plan:
     """Look up everything a run names and claim its folder. Raises a UserError; loads, downloads and trains nothing."""
-    resolve_model(config.model)
+    _check_model(config)
     engine = check_engine(config)
     recipe = read_recipe(config.recipe)
     name = config.benchmark if config.benchmark is not None else recipe.get("benchmark")
@@ -67,6 +67,17 @@ def check_run(config: TrainConfig, *, dry_run: bool = False) -> Plan:
     if int(os.environ.get("RANK", "0")) == 0:
         claim_folder(Path(str(config.output)), config)
     return Plan(config, recipe, benchmark)
+
+
+def _check_model(config: TrainConfig) -> None:
+    """Whether the model's name says one, and whether what is asked for can be put on it."""
+    folder = resolve_model(config.model)
+    asked = f"lora = {config.lora}" if config.lora else f"quantize = {config.parts.get('quantize')}"
+    if (config.lora or config.parts.get("quantize")) and (Path(folder) / "adapter_config.json").is_file():
+        raise ModelError(
+            f"{asked}, but {config.model!r} is itself a LoRA adapter: the new one would be saved for the base without the old one. "
+            f"Merge it first: vlm-dft export {config.model} OUT --merge, then train on OUT."
+        )
 
 
 def _check_installed(config: TrainConfig) -> None:
