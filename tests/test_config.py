@@ -62,6 +62,14 @@ def test_lora_does_not_train_the_parts_of_a_recipe_but_those_that_are_asked_for(
     assert resolve_config(recipe, ("file", {"lora": 8, "parts": {"train_parts": ["merger"]}})).train_parts == ["merger"]
 
 
+@pytest.mark.parametrize("null", [None, "null"])
+def test_null_is_not_set_whatever_a_recipe_says(null: str | None) -> None:
+    recipe = ("recipe 'x'", {"lora_parts": "vision", "recompute": "none", "train_parts": "merger"})
+    config = resolve_config(recipe, ("file", {"lora": 8, "lora_parts": null, "recompute": null, "train_parts": null}))
+    assert (config.lora_parts, config.parts, config.train_parts) == (["language"], {}, [])
+    assert resolve(train_parts=null).train_parts == ["language", "head"] and resolve().lora_parts == []
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -21,6 +21,7 @@ from vlm_dft.preflight import check_run
         ({"lora_alpha": 32, "lora_dropout": 0.1}, "lora_alpha, lora_dropout without lora.*they could apply"),
         ({"lora_parts": "vision"}, "lora_parts without lora"),
         ({"lora_targets": "x"}, "lora_targets without lora"),
+        ({"lora": 4, "lora_parts": "none"}, "lora_parts: expected some of vision, merger, language, found none"),
         (
             {"lora": 4, "train_parts": "language"},
             r"language is in train_parts and in lora_parts \(language unless set\)",

@@ -88,6 +88,11 @@ class TrainConfig:
         return list(self.parts.get("train_parts", () if self.lora else ("language", "head")))
 
     @property
+    def lora_parts(self) -> list[str]:
+        """The parts under LoRA: the language model unless others are named; none without LoRA."""
+        return list(self.parts.get("lora_parts", ("language",))) if self.lora else []
+
+    @property
     def eval_limit(self) -> int | None:
         """Evaluate only the first samples of each split; None: all."""
         return self.evaluation.get("eval_limit")
@@ -220,7 +225,7 @@ def _check(config: TrainConfig) -> None:
         raise ConfigError(f"train_parts: expected some of {', '.join(PARTS)}, found none.")
     if config.parts.get("vision_cache") and {"vision", "merger"} & {
         *config.train_parts,
-        *config.parts.get("lora_parts", ()),
+        *config.lora_parts,
     }:
         raise ConfigError(
             "vision_cache keeps what a frozen vision tower makes of a picture, but vision or merger is trained. Leave one of them out."

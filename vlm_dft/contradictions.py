@@ -55,9 +55,12 @@ def _lora(config: TrainConfig) -> None:
             f"{', '.join(given)} without lora: there is no adapter to which {'they' if len(given) > 1 else 'it'} could apply. "
             "Set lora to a rank, say 16."
         )
-    adapted = config.parts.get("lora_parts", ["language"])
-    both = [part for part in config.train_parts if part in adapted]
-    if config.lora and both:
+    if config.parts.get("lora_parts") == []:
+        raise ConfigError(
+            "lora_parts: expected some of vision, merger, language, found none. Leave it out for language."
+        )
+    both = [part for part in config.train_parts if part in config.lora_parts]
+    if both:
         raise ConfigError(
             f"{', '.join(both)} is in train_parts and in lora_parts{'' if 'lora_parts' in config.parts else ' (language unless set)'}: "
             "trained whole, its adapters add nothing. Take it out of one of them."
@@ -70,13 +73,12 @@ def _lora(config: TrainConfig) -> None:
 
 
 def _parts(config: TrainConfig) -> None:
-    adapted = config.parts.get("lora_parts", ["language"]) if config.lora else []
     for part in PARTS:
         for name in (f"{part}_learning_rate", f"{part}_weight_decay"):
-            if name in config.parts and part not in (*config.train_parts, *adapted):
+            if name in config.parts and part not in (*config.train_parts, *config.lora_parts):
                 raise ConfigError(
                     f"{name} = {config.parts[name]:g}, but {part} is not trained. Found train_parts = "
-                    f"{config.train_parts}{f' and lora_parts = {adapted}' if config.lora else ''}. Name it there, or leave {name} out."
+                    f"{config.train_parts}{f' and lora_parts = {config.lora_parts}' if config.lora else ''}. Name it there, or leave {name} out."
                 )
 
 

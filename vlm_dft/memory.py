@@ -96,14 +96,13 @@ def trained_shapes(config: TrainConfig, model: Dimensions) -> dict[str, tuple[in
     found = {name: shape for name, shape in model.shapes.items() if part_of(name, family) in parts}
     if not config.lora:
         return found
-    adapted = config.parts.get("lora_parts", ["language"])
     patterns = config.parts.get("lora_targets") or []
     for name, shape in model.shapes.items():
         layer = name.removesuffix(".weight")
         if name == layer or len(shape) != 2 or "embed" in name:
             continue
         hit = not patterns or any(re.search(rf"(^|\.)(?:{pattern})$", layer) for pattern in patterns)
-        if part_of(name, family) in adapted and hit:
+        if part_of(name, family) in config.lora_parts and hit:
             found[f"{layer}.lora_A"], found[f"{layer}.lora_B"] = (config.lora, shape[1]), (shape[0], config.lora)
     return found
 
@@ -282,9 +281,8 @@ def _gathered(
 
 def recomputed(config: TrainConfig, *, gpu: bool) -> set[str]:
     """The parts whose activations are computed again in the backward pass."""
-    adapted = config.parts.get("lora_parts", ["language"]) if config.lora else []
     asked = config.parts.get("recompute")
-    return set(recomputed_parts(asked, [*config.train_parts, *adapted], "cuda" if gpu else "cpu"))
+    return set(recomputed_parts(asked, [*config.train_parts, *config.lora_parts], "cuda" if gpu else "cpu"))
 
 
 def largest_micro_batch(config: TrainConfig, model: Dimensions, media: int | None = None) -> tuple[Micro, str]:

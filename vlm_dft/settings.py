@@ -87,9 +87,11 @@ def one_of(*known: Any) -> Reader:
 
 
 def some_of(*known: str) -> Reader:
-    """A list of some of the known names, as a list or as words between commas; 'none': the empty list."""
+    """A list of some of the known names, as a list or as words between commas; 'none': the empty list; null: not set."""
 
-    def read(name: str, value: Any, where: str) -> list[str]:
+    def read(name: str, value: Any, where: str) -> list[str] | None:
+        if value in (None, "", "null"):
+            return None
         found = words_of(value)
         if unknown := [word for word in found if word not in known]:
             raise ConfigError(
