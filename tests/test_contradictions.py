@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,48 @@ def test_an_adapter_on_an_adapter_is_refused(settings: dict[str, Any], tmp_path:
     with pytest.raises(ModelError, match=rf"lora = 4.*Merge it first: vlm-dft export {tmp_path} OUT --merge"):
         check_run(config, dry_run=True)
     check_run(resolve_config(("test", {"model": str(tmp_path)})), dry_run=True)  # trained whole, it is merged
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"train_parts": "head"},
+            "train_parts = head: tiny has no parameters there. Its head is tied.*vision, merger, language",
+        ),
+        ({"lora": 4, "train_parts": "head,merger"}, "train_parts = head: tiny has no parameters there"),
+        ({"head_learning_rate": 1e-5}, "head_learning_rate = 1e-05, but tiny has no such part. Its head is tied"),
+        ({"head_weight_decay": 0}, "head_weight_decay = 0, but tiny has no such part"),
+        ({"lora": 4, "lora_targets": "q_prj"}, "'q_prj' matches no linear layer of language. Did you mean 'q_proj'"),
+        ({"lora": 4, "lora_targets": "qkv"}, "It matches 2 of vision, which lora_parts=language,vision would include"),
+        ({"lora": 4, "lora_targets": "lm_head"}, "train_parts=head trains it whole"),
+    ],
+    ids=lambda value: ",".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
+)
+def test_what_a_model_of_known_sizes_does_not_have_is_refused_before_it_is_loaded(
+    settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ModelError, match=message):
+        check_run(resolve_config(("test", settings)), dry_run=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lora": 4, "quantize": "nf4"}, r"quantize = nf4 needs bitsandbytes.*Run: pip install 'vlm-dft\[qlora\]'"),
+        ({"optim": "paged_adamw_8bit"}, "optim = paged_adamw_8bit needs bitsandbytes"),
+        ({"use_liger_kernel": True}, r"use_liger_kernel needs liger_kernel.*Run: pip install 'vlm-dft\[liger\]'"),
+    ],
+    ids=["quantize", "optim", "liger"],
+)
+def test_a_package_that_a_setting_needs_is_looked_up_before_a_run_begins(
+    settings: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    if importlib.util.find_spec("liger_kernel" if "use_liger_kernel" in settings else "bitsandbytes"):
+        pytest.skip("the package is installed")
+    with pytest.raises(ModelError, match=message):
+        check_run(resolve_config(("test", {**settings, "output": str(tmp_path / "run")})))
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_values_read_from_transformers_source_are_those_it_has() -> None:

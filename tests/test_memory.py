@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from vlm_dft.adapters import linear_layers
 from vlm_dft.cards import PACKAGE
 from vlm_dft.config import TrainConfig, resolve_config
 from vlm_dft.dimensions import Dimensions, dimensions_of, read_dimensions
@@ -123,6 +124,11 @@ def test_an_adapter_on_paper_has_the_matrices_that_peft_makes() -> None:
     model = add_lora(load_model("tiny"), 5)
     found = sorted(tuple(p.shape) for p in model.parameters() if p.requires_grad)
     assert found == sorted(trained_shapes(resolve(lora=5), known("tiny")).values())
+
+
+def test_the_linear_layers_on_paper_are_the_models() -> None:
+    model = load_model("tiny")
+    assert known("tiny").linears == linear_layers(model, find_family(model))
 
 
 def paper(engine: str | None, model: str = "Qwen/Qwen2.5-VL-7B-Instruct", **settings: Any) -> Memory:

@@ -97,12 +97,9 @@ def trained_shapes(config: TrainConfig, model: Dimensions) -> dict[str, tuple[in
     if not config.lora:
         return found
     patterns = config.parts.get("lora_targets") or []
-    for name, shape in model.shapes.items():
-        layer = name.removesuffix(".weight")
-        if name == layer or len(shape) != 2 or "embed" in name:
-            continue
-        hit = not patterns or any(re.search(rf"(^|\.)(?:{pattern})$", layer) for pattern in patterns)
-        if part_of(name, family) in config.lora_parts and hit:
+    for layer in (layer for part in config.lora_parts for layer in model.linears[part]):
+        shape = model.shapes[f"{layer}.weight"]
+        if not patterns or any(re.search(rf"(^|\.)(?:{pattern})$", layer) for pattern in patterns):
             found[f"{layer}.lora_A"], found[f"{layer}.lora_B"] = (config.lora, shape[1]), (shape[0], config.lora)
     return found
 
