@@ -134,6 +134,22 @@ def test_a_package_that_a_setting_needs_is_looked_up_before_a_run_begins(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("settings", [{"engine": "zero2"}, {"engine": "fsdp2", "processes": 2}], ids=["zero2", "fsdp2"])
+def test_an_engine_without_a_launcher_is_refused(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    config = resolve_config(("test", {**settings, "output": str(tmp_path / "run")}))
+    engine, processes = settings["engine"], settings.get("processes", 1)
+    with pytest.raises(
+        ConfigError,
+        match=rf"engine = {engine} needs a launcher.*ENGINE={engine} NPROC={processes} for.*vlm-dft-launch --nproc_per_node {processes}",
+    ):
+        check_run(config)
+    check_run(config, dry_run=True)
+
+
 def test_the_values_read_from_transformers_source_are_those_it_has() -> None:
     from transformers.trainer_utils import SchedulerType
     from transformers.training_args import OptimizerNames

@@ -59,10 +59,15 @@ def check_run(config: TrainConfig, *, dry_run: bool = False) -> Plan:
         return Plan(config, recipe, benchmark)
     check_installed(engine)
     _check_installed(config)
+    if engine.kind != "ddp" and "RANK" not in os.environ:
+        raise ConfigError(
+            f"engine = {engine.name} needs a launcher, for one process too, and none has started this one (RANK is not set). Set "
+            f"ENGINE={config.engine} NPROC={config.processes} for scripts/train_qwenvl.sh, or start with {_launcher(config)}."
+        )
     if world != config.processes:
         raise ConfigError(
             f"nproc is {config.processes}, but {world} processes run. Start with NPROC={config.processes} "
-            f"bash scripts/train_qwenvl.sh (on several nodes NNODES= too), or with torchrun and --processes {config.processes}."
+            f"bash scripts/train_qwenvl.sh (on several nodes NNODES= too), or with {_launcher(config)}."
         )
     _check_devices(config, engine)
     recipe_root(recipe, config.data)
@@ -71,6 +76,10 @@ def check_run(config: TrainConfig, *, dry_run: bool = False) -> Plan:
     if int(os.environ.get("RANK", "0")) == 0:
         claim_folder(Path(str(config.output)), config)
     return Plan(config, recipe, benchmark)
+
+
+def _launcher(config: TrainConfig) -> str:
+    return f"vlm-dft-launch --nproc_per_node {config.processes} -m vlm_dft.cli train ... --processes {config.processes}"
 
 
 def _check_model(config: TrainConfig) -> None:
