@@ -33,7 +33,7 @@ STATES = {  # bytes of optimiser states per trained parameter of 4 bytes, by `op
     "paged_adamw_32bit": 0, "paged_adamw_8bit": 0, "sgd": 0, "adagrad": 4, "rmsprop": 4, "lion_32bit": 4, "lion_8bit": 1,
     "adafactor": 0,
 }  # fmt: skip
-QUANTISED = {"nf4": 0.5 + 4 / 64, "int8": 1.0}  # bytes a weight: nf4 has one fp32 scale for 64 of them
+QUANTISED = {"nf4": 0.5 + 1 / 64, "int8": 1.0}  # bytes a weight: nf4 has a scale for 64 of them, itself in 8 bits
 
 Mode = Literal["fp32", "autocast", "bf16"]
 
@@ -194,9 +194,12 @@ def estimate(
     }  # fmt: skip
     weights = n_all * weight + adapters * max(weight, 2)
     if quantised:
-        small = sum(prod(model.shapes[name]) for name in linear if name not in trained)
-        weights -= small * (weight - QUANTISED[quantised])
-        notes.append(f"{quantised}: every frozen linear layer but the head")
+        small = sum(prod(model.shapes[f"{layer}.weight"]) for layer in model.linears["language"])
+        rest = 2 if gpu and config.precision != "fp32" else 4
+        weights = small * QUANTISED[quantised] + (n_all - small) * rest + n_trained * 4
+        notes.append(
+            f"{quantised}: the language model's linear layers; the rest in {'bf16' if rest == 2 else 'fp32'}, what is trained in fp32"
+        )
     items, host = _shared(engine, settings, world, weights, n_trained, weight, states)
     items |= _gathered(engine, settings, model, mode, n_all)
     if mode == "autocast":
