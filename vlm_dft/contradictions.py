@@ -106,7 +106,7 @@ def _numbers(config: TrainConfig) -> None:
         if found is not None and not (_is_number(found) and int(found) == found and right(found)):
             least = 0 if name == "dataloader_num_workers" else 1
             raise ConfigError(f"{name} must be a whole number of at least {least}, found {found!r}.")
-    for name in ("save_steps", "logging_steps", "eval_steps"):
+    for name in ("save_steps", "logging_steps"):
         found = config.trainer.get(name)
         if found is not None and not (_is_number(found) and (0 < found < 1 or (found >= 1 and int(found) == found))):
             raise ConfigError(

@@ -185,7 +185,6 @@ GROUPS: dict[str, dict[str, Reader]] = {
         "packing": one_of(True, False),
         "resize": one_of(*RESIZE),
         "template_options": any_value,
-        "tokens_per_second": any_value,
         "source_objectives": source_objectives,
         "format_strings": texts,
         "min_pixels": whole(1),
