@@ -162,6 +162,30 @@ def test_an_engine_without_a_launcher_is_refused(
     check_run(config, dry_run=True)
 
 
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("config.json", '{"model_type": ', "config.json: expected JSON, found something else"),
+        ("config.json", "[]", "config.json: expected a mapping of settings, found list"),
+        ("adapter_config.json", "{", "adapter_config.json: expected JSON"),
+        (
+            "adapter_config.json",
+            "{}",
+            "adapter_config.json: expected the name of a model under base_model_name_or_path, found None",
+        ),
+    ],
+)
+def test_a_broken_file_of_a_model_is_named(file: str, text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / file).write_text(text)
+    with pytest.raises(ModelError, match=message):
+        check_run(resolve_config(("test", {"model": str(tmp_path)})), dry_run=True)
+
+
+def test_a_model_that_leaves_sizes_to_transformers_is_of_unknown_size(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2_5_vl", "vision_config": {}}')
+    check_run(resolve_config(("test", {"model": str(tmp_path)})), dry_run=True)
+
+
 def test_the_values_read_from_transformers_source_are_those_it_has() -> None:
     from transformers.trainer_utils import SchedulerType
     from transformers.training_args import OptimizerNames

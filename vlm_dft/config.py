@@ -312,7 +312,7 @@ def _coerce(name: str, value: Any, where: str) -> Any:
         if isinstance(value, (bool, list, dict)):
             raise ValueError("not a single value")
         return target(value)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         wanted = getattr(target, "__name__", str(target))
         raise ConfigError(f"{where}: {name} must be of type {wanted}, found {value!r}.") from error
 

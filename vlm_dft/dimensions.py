@@ -16,7 +16,7 @@ from typing import Any
 
 from vlm_dft.cards import PACKAGE
 from vlm_dft.families import PARTS, find_family, part_of
-from vlm_dft.locate import base_model, resolve_model
+from vlm_dft.locate import base_model, read_mapping, resolve_model
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -101,7 +101,7 @@ def dimensions_of(model: str) -> Dimensions | None:
     place = base_model(resolve_model(model))
     file = Path(place) / "config.json"
     if file.is_file():
-        return read_dimensions(json.loads(file.read_text(encoding="utf-8")), str(file))
+        return read_dimensions(read_mapping(file), str(file))
     table = json.loads((PACKAGE / "dimensions.json").read_text(encoding="utf-8"))["models"]
     found = {**table, **{name.removesuffix("-Instruct"): config for name, config in table.items()}}.get(place)
     return None if found is None else read_dimensions(found, f"the table of {place}")
