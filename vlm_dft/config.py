@@ -163,6 +163,7 @@ def resolve_config(*layers: tuple[str, Mapping[str, Any]]) -> TrainConfig:
     owner = {name: group for group, settings in GROUPS.items() for name in settings}
     for where, layer in layers:
         for key, value in layer.items():
+            key = "processes" if key == "nproc" else key  # as the command line calls it
             if key in (*GROUPS, "trainer") and not isinstance(value, Mapping):
                 raise ConfigError(f"{where}: {key} must be a mapping, found {value!r}.")
             if key == "trainer":
@@ -241,7 +242,9 @@ def _check(config: TrainConfig) -> None:
             "vision_cache needs the tower whole in every process, but engine shards it. Leave one of them out."
         )
     if config.precision not in PRECISIONS:
-        raise ConfigError(f"precision: expected one of {', '.join(PRECISIONS)}, found {config.precision!r}.")
+        raise ConfigError(
+            f"precision: expected one of {', '.join(PRECISIONS)}, found {config.precision!r}.{nearest(config.precision, PRECISIONS)}"
+        )
     for name in ("epochs", "learning_rate", "batch_size", "micro_batch", "max_length", "processes"):
         if not 0 < getattr(config, name) < math.inf:  # not nan either
             raise ConfigError(f"{name} must be positive and finite, found {getattr(config, name)}.")

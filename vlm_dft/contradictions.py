@@ -145,10 +145,11 @@ def _batch(config: TrainConfig) -> None:
 def _names(config: TrainConfig) -> None:
     for setting in NAMES:
         found = config.trainer.get(setting)
-        if found is not None and str(found) not in _known(setting):
-            raise ConfigError(
-                f"{setting}: unknown {found!r}.{nearest(str(found), _known(setting))} Known: {', '.join(_known(setting))}."
-            )
+        known = _known(setting)
+        if found is not None and str(found) not in known:
+            longer = [name for name in known if name.startswith(f"{found}_")]  # adamw: adamw_torch
+            hint = nearest(longer[0] if longer else str(found), known)
+            raise ConfigError(f"{setting}: unknown {found!r}.{hint} Known: {', '.join(known)}.")
 
 
 @cache

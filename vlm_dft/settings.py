@@ -77,7 +77,10 @@ def one_of(*known: Any) -> Reader:
     def read(name: str, value: Any, where: str) -> Any:
         found = None if isinstance(value, str) and value in EMPTY else plain(value)
         if found is not None and found not in known:
-            raise ConfigError(f"{where}: {name} must be one of {', '.join(map(str, known))}, found {value!r}.")
+            words = list(map(str, known))
+            raise ConfigError(
+                f"{where}: {name} must be one of {', '.join(words)}, found {value!r}.{nearest(str(found), words)}"
+            )
         return found
 
     return read
