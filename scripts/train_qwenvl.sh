@@ -17,7 +17,8 @@
 #   BENCHMARK  what to evaluate on (the recipe's own)     EXTRA      more words for `vlm-dft train`
 # Several nodes: NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT (29500); or HOSTFILE, lines of `name slots=8`. OUTPUT must then lie
 # on a disk that all nodes share, and this checkout and its environment at the same path on each.
-# Words after the script's name go to `vlm-dft train` too: --dry-run prints the resolved run and stops.
+# Words after the script's name go to `vlm-dft train` too: --dry-run prints the resolved run and stops. --engine and --nproc among
+# them are ENGINE and NPROC.
 #
 # Result: a table (base and trained: accuracy, standard error, count) and, in OUTPUT, the checkpoint, report.json and
 # report.html. Interrupted? The same command resumes. First use makes .venv: see scripts/setup.sh.
@@ -25,11 +26,35 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
-train=(train "$@")
+# Splits words into those that choose the launcher, which become ENGINE and NPROC, and the rest, left in `rest`.
+take_launcher() {
+  local name
+  rest=()
+  while (($#)); do
+    case $1 in
+      --engine=* | --nproc=* | --processes=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
+      --engine | --nproc | --processes)
+        name=NPROC
+        [[ $1 != --engine ]] || name=ENGINE
+        (($# > 1)) || die "$1 needs a value."
+        [[ $name == ENGINE || ${NNODES:-1} == 1 ]] || die "On several nodes NPROC= says the processes of each. Leave out $1 $2."
+        [[ -z ${!name:-} || ${!name} == "$2" ]] || die "$name=${!name}, but $1 $2. Leave out one of them."
+        printf -v "$name" %s "$2"
+        shift 2
+        ;;
+      *) rest+=("$1") && shift ;;
+    esac
+  done
+}
+
+take_launcher "$@"
+train=(train ${rest[@]+"${rest[@]}"})
+read -ra extra <<<"${EXTRA:-}"
+take_launcher ${extra[@]+"${extra[@]}"}
+extra=(${rest[@]+"${rest[@]}"})
 for name in MODEL RECIPE DATA OBJECTIVE BENCHMARK OUTPUT LORA ENGINE; do
   [[ -z ${!name:-} ]] || train+=("--$(tr '[:upper:]' '[:lower:]' <<<"$name")" "${!name}")
 done
-read -ra extra <<<"${EXTRA:-}"
 
 port=${MASTER_PORT:-29500} needs=() launch=(vlm-dft)
 [[ ${NNODES:-1}${NPROC:-1}${NODE_RANK:-0}$port =~ ^[0-9]+$ && ${NNODES:-1} != 0 && ${NPROC:-1} != 0 ]] ||
@@ -52,7 +77,7 @@ fi
 [[ -z ${NPROC:-}${NNODES:-}${HOSTFILE:-} ]] || train+=(--processes "$processes") # torchrun would take --nproc for its own
 train+=(${extra[@]+"${extra[@]}"})
 
-if [[ " ${train[*]} " != *" --dry-run "* ]]; then
+if [[ " ${train[*]} " != *" --dry"[-_]"run "* ]]; then
   if [[ -n ${HOSTFILE:-} ]]; then # this launcher starts processes of any engine
     launch=(deepspeed --hostfile "$HOSTFILE" --master_port "$port" --no_local_rank --module vlm_dft.cli)
     [[ -z ${MASTER_ADDR:-} ]] || launch=("${launch[0]}" --master_addr "$MASTER_ADDR" "${launch[@]:1}")
@@ -68,7 +93,7 @@ fi
 
 set_up ${needs[@]+"${needs[@]}"}
 export TOKENIZERS_PARALLELISM=false # said once here, or tokenizers warn whenever the data loader forks
-printf '+ %s\n' "${launch[*]} ${train[*]}" >&2
+{ printf '+' && printf ' %q' "${launch[@]}" "${train[@]}" && echo; } >&2
 if [[ ${launch[0]} == deepspeed ]]; then # by ssh, which carries no variables over: the launcher reads them from this file
   DS_ENV_FILE=$(mktemp)
   export DS_ENV_FILE

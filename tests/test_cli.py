@@ -127,6 +127,15 @@ def test_settings_come_as_words_with_or_without_an_equals_sign(
         assert line in out
 
 
+def test_processes_and_the_dry_run_may_be_called_as_on_the_command_line_or_as_settings_are(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "my.yaml").write_text("nproc: 2\nbatch_size: 16\n")
+    assert main(["train", str(tmp_path / "my.yaml"), "--recipe", "wethink", "--dry_run"]) == 0
+    out = capsys.readouterr().out
+    assert "processes: 2\n" in out and "dry run: no model was loaded" in out and "--dry_run" not in out
+
+
 def test_cards_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipes"]) == 0 and main(["benchmarks"]) == 0
     out = capsys.readouterr().out

@@ -62,6 +62,31 @@ def test_lora_does_not_train_the_parts_of_a_recipe_but_those_that_are_asked_for(
     assert resolve_config(recipe, ("file", {"lora": 8, "parts": {"train_parts": ["merger"]}})).train_parts == ["merger"]
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), "inf", "nan", "-inf"])
+@pytest.mark.parametrize(
+    "name",
+    ["batch_size", "limit", "seed", "lora", "max_pixels", "eval_limit", "max_steps", "save_steps", "save_total_limit"],
+)
+def test_what_is_no_finite_number_is_refused_where_a_whole_one_is_asked(name: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=name):
+        resolve(**{name: value})
+
+
+def test_words_of_the_command_line_may_be_yaml_s_lists_and_mappings() -> None:
+    config = resolve(lora=4, lora_targets=r"[q_proj, layers\.0\.up_proj]", template_options='{"a": 1, "b": no}')
+    assert config.parts["lora_targets"] == ["q_proj", r"layers\.0\.up_proj"]
+    assert config.collator["template_options"] == {"a": 1, "b": False}
+    assert resolve(lora=4, lora_targets="[qk]_proj").parts["lora_targets"] == ["[qk]_proj"]  # not YAML: an expression
+
+
+@pytest.mark.parametrize("null", [None, "null"])
+def test_null_is_not_set_whatever_a_recipe_says(null: str | None) -> None:
+    recipe = ("recipe 'x'", {"lora_parts": "vision", "recompute": "none", "train_parts": "merger"})
+    config = resolve_config(recipe, ("file", {"lora": 8, "lora_parts": null, "recompute": null, "train_parts": null}))
+    assert (config.lora_parts, config.parts, config.train_parts) == (["language"], {}, [])
+    assert resolve(train_parts=null).train_parts == ["language", "head"] and resolve().lora_parts == []
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -104,6 +129,8 @@ def test_lora_does_not_train_the_parts_of_a_recipe_but_those_that_are_asked_for(
         ({"train_parts": "vision,tongue"}, "train_parts: expected some of vision, merger, language, head"),
         ({"precision": "fp8"}, "precision: expected one of auto"),
         ({"model": None}, "model must not be empty"),
+        ({"template_options": "a=1"}, "template_options must be a mapping, say '{name: value}', found 'a=1'"),
+        ({"template_options": [1]}, "template_options must be a mapping"),
     ],
 )
 def test_a_wrong_setting_says_what_was_expected(settings: dict[str, object], message: str) -> None:

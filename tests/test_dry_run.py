@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,34 @@ def test_several_nodes_are_launched_as_the_script_does(
     assert look(tmp_path, capsys, "--recipe", "wethink")[0]["launch"].startswith(
         "deepspeed --hostfile hosts --master_port 29500"
     )
+
+
+def test_the_launch_line_is_one_that_a_shell_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--recipe", "wethink", "--objective", "floor(minimum=0.1)", "--output", str(tmp_path / "two words")]
+    line = look(tmp_path, capsys, *words)[0]["launch"]
+    assert shlex.split(line) == ["vlm-dft", "train", *words]
+
+
+def test_max_steps_end_the_run_and_epochs_are_not_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found, out = look(tmp_path, capsys, "--recipe", "wethink", "--max_steps", "7")
+    assert found["steps"] == 7 and "# steps: max_steps says 7 for 126,000 rows\n" in out
+
+
+def test_the_host_s_memory_is_that_of_all_processes_of_a_machine(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = "--model Qwen/Qwen2.5-VL-7B-Instruct --recipe wethink --engine zero3_offload --nproc 8".split()
+    memory = look(tmp_path, capsys, *words)[0]["memory"]
+    assert memory["total"] < memory["gpu"] and memory["host_of_node"] == 8 * memory["host"]
+    monkeypatch.setenv("NNODES", "2")
+    assert look(tmp_path, capsys, *words)[0]["memory"]["host_of_node"] == 4 * memory["host"]
+    for host, said in (
+        (memory["host_of_node"] // 2, "fits; "),
+        (memory["host_of_node"] // 2 - 1, "does NOT fit the host's memory"),
+    ):
+        monkeypatch.setattr("vlm_dft.dry_run.host_bytes", lambda host=host: host)
+        found, out = look(tmp_path, capsys, *words)
+        assert found["memory"]["fits"] == (said == "fits; ") and f"#   {said}" in out
 
 
 def test_evaluation_while_training_without_a_benchmark_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -147,6 +147,19 @@ def test_a_head_trained_whole_beside_lora_is_merged_and_saved(drawn: list[Any], 
     assert torch.equal(start[embeddings], end[embeddings])
 
 
+def test_a_run_that_goes_on_from_an_adapter_is_held_against_the_merged_one(
+    adapted: Path, drawn: list[Any], tmp_path: Path
+) -> None:
+    """Trained whole from a LoRA checkpoint: what stays frozen is the base's with that adapter in it."""
+    config = config_of(model=str(adapted / "checkpoint-3"), train_parts="vision", max_steps=1, warmup=0)
+    found = export(str(run_of(config, drawn, tmp_path / "run")), tmp_path / "out")
+    start, end = (load_model(str(name)).state_dict() for name in (adapted / "checkpoint-3", tmp_path / "out"))
+    frozen = [name for name in start if "visual" not in name or "merger" in name]
+    assert all(torch.equal(start[name], end[name]) for name in frozen)
+    assert found["untouched"]["identical"] == len([name for name in frozen if name != "lm_head.weight"])  # tied
+    assert any(not torch.equal(load_model("tiny").state_dict()[name], end[name]) for name in frozen)
+
+
 def processor_of_tiny(folder: Path) -> None:
     from vlm_dft.models import load_processor
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from vlm_dft.adapters import linear_layers
 from vlm_dft.cards import PACKAGE
 from vlm_dft.config import TrainConfig, resolve_config
 from vlm_dft.dimensions import Dimensions, dimensions_of, read_dimensions
@@ -123,6 +124,33 @@ def test_an_adapter_on_paper_has_the_matrices_that_peft_makes() -> None:
     model = add_lora(load_model("tiny"), 5)
     found = sorted(tuple(p.shape) for p in model.parameters() if p.requires_grad)
     assert found == sorted(trained_shapes(resolve(lora=5), known("tiny")).values())
+
+
+@pytest.mark.parametrize(("kind", "size"), [("nf4", 0.5 + 1 / 64), ("int8", 1.0)])
+def test_a_quantised_base_is_small_in_the_language_models_layers_alone(kind: str, size: float) -> None:
+    """What bitsandbytes packs is the adapted layers' weights; tower, merger and embeddings stay in bf16, adapters in fp32."""
+    model = load_model("tiny")
+    packed = sum(
+        model.get_submodule(name).weight.numel() for name in linear_layers(model, find_family(model))["language"]
+    )
+    total, adapter = (
+        sum(p.numel() for p in model.parameters()),
+        4
+        * sum(
+            layer.in_features + layer.out_features
+            for layer in map(model.get_submodule, linear_layers(model, find_family(model))["language"])
+        ),
+    )
+    config = resolve(lora=4, quantize=kind)
+    for gpu, rest in ((True, 2), (False, 4)):
+        found = estimate(config, known("tiny"), DDP, {}, Micro(1, 0), gpu=gpu)
+        assert found.items["weights"] == int(size * packed + rest * (total - packed) + 4 * adapter)
+        assert f"the rest in {'bf16' if gpu else 'fp32'}" in found.notes[-1]
+
+
+def test_the_linear_layers_on_paper_are_the_models() -> None:
+    model = load_model("tiny")
+    assert known("tiny").linears == linear_layers(model, find_family(model))
 
 
 def paper(engine: str | None, model: str = "Qwen/Qwen2.5-VL-7B-Instruct", **settings: Any) -> Memory:

@@ -97,6 +97,14 @@ def test_a_card_states_base_data_batch_parts_versions_and_scores_with_their_erro
     assert "flash-attn" not in card and "license" not in front_of(card)
 
 
+def test_epochs_are_left_out_where_max_steps_ends_the_run(run: Path) -> None:
+    facts = read_facts(run / "dft")
+    assert "| epochs | 1 |" in model_card(facts)
+    facts["config"]["trainer"] = {"max_steps": 7}
+    card = model_card(facts)
+    assert "| epochs |" not in card and "| max_steps | 7 |" in card
+
+
 def test_what_a_folder_does_not_say_is_left_out(tmp_path: Path) -> None:
     card = model_card(read_facts(tmp_path))
     assert front_of(card).keys() == {"library_name", "pipeline_tag", "tags"}

@@ -12,11 +12,11 @@ import pytest
 import torch
 from test_training import config_of
 
-from vlm_dft.adapters import patterns_of
 from vlm_dft.errors import ConfigError, ModelError
 from vlm_dft.models import load_model
 from vlm_dft.parts import draw_parts, prepare_parts
 from vlm_dft.progress import TIMING, read_metrics
+from vlm_dft.targets import patterns_of
 from vlm_dft.training import train_objective
 
 torch.set_num_threads(1)

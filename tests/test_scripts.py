@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -293,6 +294,49 @@ def test_front_door_passes_variables_and_words_on(machine: Machine) -> None:
 )
 def test_front_door_launches_several_processes(machine: Machine, settings: dict[str, str], expected: str) -> None:
     assert front_door(machine, "", **settings) == expected.split()
+
+
+@pytest.mark.parametrize(
+    ("words", "settings"),
+    [
+        ("--engine zero3 --nproc 2 --epochs 3", {}),
+        ("--engine=zero3 --epochs 3", {"NPROC": "2"}),
+        ("--epochs 3 --processes=2", {"ENGINE": "zero3"}),
+        ("--epochs 3", {"EXTRA": "--nproc 2 --engine zero3"}),
+    ],
+)
+def test_front_door_reads_what_chooses_the_launcher_from_the_words_too(
+    machine: Machine, words: str, settings: dict[str, str]
+) -> None:
+    expected = (
+        "vlm-dft-launch --standalone --nproc_per_node 2 -m vlm_dft.cli train --epochs 3 --engine zero3 --processes 2"
+    )
+    assert front_door(machine, words, **settings) == expected.split()
+
+
+@pytest.mark.parametrize(
+    ("words", "settings", "said"),
+    [
+        ("--nproc 4", {"NPROC": "2"}, "NPROC=2, but --nproc 4. Leave out one of them."),
+        ("--nproc 4", {"NNODES": "2"}, "On several nodes NPROC= says the processes of each. Leave out --nproc 4."),
+        ("--engine", {}, "--engine needs a value."),
+    ],
+)
+def test_front_door_refuses_words_that_contradict_the_variables(
+    machine: Machine, words: str, settings: dict[str, str], said: str
+) -> None:
+    done = machine.run(f"bash scripts/train_qwenvl.sh {words}", **settings)
+    assert done.returncode == 1 and said in done.stderr
+
+
+def test_front_door_shows_its_command_so_that_a_shell_takes_it(machine: Machine) -> None:
+    front_door(machine, "", DATA="my pictures", OBJECTIVE="floor(minimum=0.1)")  # makes env
+    done = machine.run(
+        "bash scripts/train_qwenvl.sh", DATA="my pictures", OBJECTIVE="floor(minimum=0.1)",
+        VIRTUAL_ENV=str(machine.repo.parent / "env"),
+    )  # fmt: skip
+    line = next(line for line in done.stderr.splitlines() if line.startswith("+ "))
+    assert shlex.split(line) == ["+", "vlm-dft", "train", "--data", "my pictures", "--objective", "floor(minimum=0.1)"]
 
 
 def test_front_door_starts_the_nodes_of_a_hostfile(machine: Machine) -> None:

@@ -228,7 +228,9 @@ def _take_settings(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     k = 0
     while k < len(words):
         name, equals, value = words[k].removeprefix("--").partition("=")
-        if not words[k].startswith("--") or name in (*TRAIN_FLAGS, "json", "dry-run", "help"):
+        if words[k] == "--dry_run":  # as every other setting may be spelt
+            kept.append("--dry-run")
+        elif not words[k].startswith("--") or name in (*TRAIN_FLAGS, "json", "dry-run", "help"):
             kept.append(words[k])
             if words[k].startswith("--") and name in (*TRAIN_FLAGS, "json") and not equals and k + 1 < len(words):
                 k += 1

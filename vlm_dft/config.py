@@ -88,6 +88,11 @@ class TrainConfig:
         return list(self.parts.get("train_parts", () if self.lora else ("language", "head")))
 
     @property
+    def lora_parts(self) -> list[str]:
+        """The parts under LoRA: the language model unless others are named; none without LoRA."""
+        return list(self.parts.get("lora_parts", ("language",))) if self.lora else []
+
+    @property
     def eval_limit(self) -> int | None:
         """Evaluate only the first samples of each split; None: all."""
         return self.evaluation.get("eval_limit")
@@ -135,7 +140,13 @@ OWNED_BY_US = {  # HF name -> ours: two names for one setting would contradict e
     "gradient_checkpointing": "recompute", "activation_checkpointing": "recompute", "gradient_checkpointing_kwargs": "recompute",
     "activation_checkpointing_kwargs": "recompute", "save_strategy": "save_steps",
     "save_only_model": "nothing: a checkpoint without the optimiser's state cannot be continued",
-    "eval_strategy": "evaluate_every", "load_best_model_at_end": "keep_best", "metric_for_best_model": "keep_best",
+    "eval_strategy": "evaluate_every", "eval_steps": "evaluate_every", "greater_is_better": "keep_best",
+    "per_device_eval_batch_size": "nothing: an evaluation asks 32 samples at once", "do_train": "nothing: `vlm-dft train` does",
+    "resume_from_checkpoint": "nothing: the same command continues from the last whole checkpoint",
+    "ignore_data_skip": "nothing: a continued run goes on with the rows that it had not seen",
+    "label_names": "nothing: the collator's are labels",
+    "average_tokens_across_devices": "nothing: the targets of all processes are counted together",
+    "load_best_model_at_end": "keep_best", "metric_for_best_model": "keep_best",
     "dataloader_drop_last": "nothing: every row is used", "deepspeed": "engine", "fsdp": "engine", "fsdp_config": "engine",
     "auto_find_batch_size": "micro_batch", "use_cpu": "nothing: a GPU is used where there is one",
 }  # fmt: skip
@@ -152,6 +163,7 @@ def resolve_config(*layers: tuple[str, Mapping[str, Any]]) -> TrainConfig:
     owner = {name: group for group, settings in GROUPS.items() for name in settings}
     for where, layer in layers:
         for key, value in layer.items():
+            key = "processes" if key == "nproc" else key  # as the command line calls it
             if key in (*GROUPS, "trainer") and not isinstance(value, Mapping):
                 raise ConfigError(f"{where}: {key} must be a mapping, found {value!r}.")
             if key == "trainer":
@@ -220,7 +232,7 @@ def _check(config: TrainConfig) -> None:
         raise ConfigError(f"train_parts: expected some of {', '.join(PARTS)}, found none.")
     if config.parts.get("vision_cache") and {"vision", "merger"} & {
         *config.train_parts,
-        *config.parts.get("lora_parts", ()),
+        *config.lora_parts,
     }:
         raise ConfigError(
             "vision_cache keeps what a frozen vision tower makes of a picture, but vision or merger is trained. Leave one of them out."
@@ -230,7 +242,9 @@ def _check(config: TrainConfig) -> None:
             "vision_cache needs the tower whole in every process, but engine shards it. Leave one of them out."
         )
     if config.precision not in PRECISIONS:
-        raise ConfigError(f"precision: expected one of {', '.join(PRECISIONS)}, found {config.precision!r}.")
+        raise ConfigError(
+            f"precision: expected one of {', '.join(PRECISIONS)}, found {config.precision!r}.{nearest(config.precision, PRECISIONS)}"
+        )
     for name in ("epochs", "learning_rate", "batch_size", "micro_batch", "max_length", "processes"):
         if not 0 < getattr(config, name) < math.inf:  # not nan either
             raise ConfigError(f"{name} must be positive and finite, found {getattr(config, name)}.")
@@ -301,7 +315,7 @@ def _coerce(name: str, value: Any, where: str) -> Any:
         if isinstance(value, (bool, list, dict)):
             raise ValueError("not a single value")
         return target(value)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         wanted = getattr(target, "__name__", str(target))
         raise ConfigError(f"{where}: {name} must be of type {wanted}, found {value!r}.") from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import math
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -55,9 +56,12 @@ def _lora(config: TrainConfig) -> None:
             f"{', '.join(given)} without lora: there is no adapter to which {'they' if len(given) > 1 else 'it'} could apply. "
             "Set lora to a rank, say 16."
         )
-    adapted = config.parts.get("lora_parts", ["language"])
-    both = [part for part in config.train_parts if part in adapted]
-    if config.lora and both:
+    if config.parts.get("lora_parts") == []:
+        raise ConfigError(
+            "lora_parts: expected some of vision, merger, language, found none. Leave it out for language."
+        )
+    both = [part for part in config.train_parts if part in config.lora_parts]
+    if both:
         raise ConfigError(
             f"{', '.join(both)} is in train_parts and in lora_parts{'' if 'lora_parts' in config.parts else ' (language unless set)'}: "
             "trained whole, its adapters add nothing. Take it out of one of them."
@@ -70,13 +74,12 @@ def _lora(config: TrainConfig) -> None:
 
 
 def _parts(config: TrainConfig) -> None:
-    adapted = config.parts.get("lora_parts", ["language"]) if config.lora else []
     for part in PARTS:
         for name in (f"{part}_learning_rate", f"{part}_weight_decay"):
-            if name in config.parts and part not in (*config.train_parts, *adapted):
+            if name in config.parts and part not in (*config.train_parts, *config.lora_parts):
                 raise ConfigError(
                     f"{name} = {config.parts[name]:g}, but {part} is not trained. Found train_parts = "
-                    f"{config.train_parts}{f' and lora_parts = {adapted}' if config.lora else ''}. Name it there, or leave {name} out."
+                    f"{config.train_parts}{f' and lora_parts = {config.lora_parts}' if config.lora else ''}. Name it there, or leave {name} out."
                 )
 
 
@@ -104,7 +107,7 @@ def _numbers(config: TrainConfig) -> None:
         if found is not None and not (_is_number(found) and int(found) == found and right(found)):
             least = 0 if name == "dataloader_num_workers" else 1
             raise ConfigError(f"{name} must be a whole number of at least {least}, found {found!r}.")
-    for name in ("save_steps", "logging_steps", "eval_steps"):
+    for name in ("save_steps", "logging_steps"):
         found = config.trainer.get(name)
         if found is not None and not (_is_number(found) and (0 < found < 1 or (found >= 1 and int(found) == found))):
             raise ConfigError(
@@ -125,7 +128,7 @@ def _numbers(config: TrainConfig) -> None:
 
 
 def _is_number(found: object) -> bool:
-    return isinstance(found, (int, float)) and not isinstance(found, bool)
+    return isinstance(found, (int, float)) and not isinstance(found, bool) and math.isfinite(found)
 
 
 def _batch(config: TrainConfig) -> None:
@@ -142,10 +145,11 @@ def _batch(config: TrainConfig) -> None:
 def _names(config: TrainConfig) -> None:
     for setting in NAMES:
         found = config.trainer.get(setting)
-        if found is not None and str(found) not in _known(setting):
-            raise ConfigError(
-                f"{setting}: unknown {found!r}.{nearest(str(found), _known(setting))} Known: {', '.join(_known(setting))}."
-            )
+        known = _known(setting)
+        if found is not None and str(found) not in known:
+            longer = [name for name in known if name.startswith(f"{found}_")]  # adamw: adamw_torch
+            hint = nearest(longer[0] if longer else str(found), known)
+            raise ConfigError(f"{setting}: unknown {found!r}.{hint} Known: {', '.join(known)}.")
 
 
 @cache

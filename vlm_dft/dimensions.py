@@ -16,7 +16,7 @@ from typing import Any
 
 from vlm_dft.cards import PACKAGE
 from vlm_dft.families import PARTS, find_family, part_of
-from vlm_dft.locate import base_model, resolve_model
+from vlm_dft.locate import base_model, read_mapping, resolve_model
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -84,13 +84,24 @@ class Dimensions:
             found[part_of(name, family)] += prod(shape)
         return found
 
+    @cached_property
+    def linears(self) -> dict[str, list[str]]:
+        """{part of PARTS: names of its linear layers}, a tied head's too."""
+        family = find_family(self.model_type)
+        found: dict[str, list[str]] = {part: ["lm_head"] if part == "head" else [] for part in PARTS}
+        for name, shape in self.shapes.items():
+            part, layer = part_of(name, family), name.removesuffix(".weight")
+            if part != "head" and layer != name and len(shape) == 2 and "embed" not in name:
+                found[part].append(layer)
+        return found
+
 
 def dimensions_of(model: str) -> Dimensions | None:
     """The sizes of 'tiny', of a model's folder (an adapter's base too), or of a hub id of the table; None: not known."""
     place = base_model(resolve_model(model))
     file = Path(place) / "config.json"
     if file.is_file():
-        return read_dimensions(json.loads(file.read_text(encoding="utf-8")), str(file))
+        return read_dimensions(read_mapping(file), str(file))
     table = json.loads((PACKAGE / "dimensions.json").read_text(encoding="utf-8"))["models"]
     found = {**table, **{name.removesuffix("-Instruct"): config for name, config in table.items()}}.get(place)
     return None if found is None else read_dimensions(found, f"the table of {place}")
@@ -105,7 +116,11 @@ def read_dimensions(config: Mapping[str, Any], source: str) -> Dimensions | None
     defaults = {"qwen2_5_vl": {"intermediate_size": 3420}, "qwen2_vl": {"embed_dim": 1280}}.get(model_type, {})
     vision = {**defaults, **config["vision_config"]}
     tied = bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))
-    return Dimensions(model_type, text, vision, tied, source)
+    found = Dimensions(model_type, text, vision, tied, source)
+    try:
+        return found if found.shapes else None
+    except (KeyError, TypeError, ValueError):  # a size is left to transformers' defaults, which we do not guess
+        return None
 
 
 def _linear(name: str, inputs: int, outputs: int, *, bias: bool) -> Shapes:

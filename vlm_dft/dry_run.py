@@ -6,6 +6,7 @@ torch and transformers are imported only to measure rows that are here, with a p
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -123,25 +124,40 @@ def launch_line(config: TrainConfig, engine: Engine, words: Sequence[str] = ()) 
     """The command that starts the processes, as scripts/train_qwenvl.sh would (it reads the same variables)."""
     given, skip = list[str](), False
     for word in words or ("train", "..."):
-        if not skip and word != "--dry-run" and not word.startswith("--json"):
+        if not skip and word not in ("--dry-run", "--dry_run") and not word.startswith("--json"):
             given.append("--processes" if word == "--nproc" else word)  # torchrun would take --nproc for its own
         skip = word == "--json"
-    nodes, port = int(os.environ.get("NNODES") or 1), os.environ.get("MASTER_PORT", "29500")
-    if os.environ.get("HOSTFILE"):
-        start = (
-            f"deepspeed --hostfile {os.environ['HOSTFILE']} --master_port {port} --no_local_rank --module vlm_dft.cli"
-        )
+    nodes, port, hosts = _nodes(), os.environ.get("MASTER_PORT", "29500"), os.environ.get("HOSTFILE")
+    if hosts:
+        start = ["deepspeed", "--hostfile", hosts, "--master_port", port, "--no_local_rank", "--module", "vlm_dft.cli"]
     elif nodes > 1:
         rank, address = os.environ.get("NODE_RANK", "RANK"), os.environ.get("MASTER_ADDR", "ADDRESS")
-        start = (
-            f"vlm-dft-launch --nnodes {nodes} --node_rank {rank} --master_addr {address} --master_port {port} --nproc_per_node "
-            f"{config.processes // nodes} -m vlm_dft.cli"
-        )
+        start = [
+            "vlm-dft-launch",
+            "--nnodes",
+            str(nodes),
+            "--node_rank",
+            rank,
+            "--master_addr",
+            address,
+            "--master_port",
+            port,
+        ]
+        start += ["--nproc_per_node", str(config.processes // nodes), "-m", "vlm_dft.cli"]
     elif config.processes > 1 or engine is not DDP:
-        start = f"vlm-dft-launch --standalone --nproc_per_node {config.processes} -m vlm_dft.cli"
+        start = ["vlm-dft-launch", "--standalone", "--nproc_per_node", str(config.processes), "-m", "vlm_dft.cli"]
     else:
-        start = "vlm-dft"
-    return " ".join([start, *given])
+        start = ["vlm-dft"]
+    return shlex.join([*start, *given])
+
+
+def _nodes() -> int:
+    """The machines of the run, by NNODES or by the lines of HOSTFILE."""
+    hosts = Path(os.environ.get("HOSTFILE") or ".")
+    if hosts.is_file():
+        lines = map(str.strip, hosts.read_text(encoding="utf-8").splitlines())
+        return max(1, sum(bool(line) and not line.startswith("#") for line in lines))
+    return int(os.environ.get("NNODES") or 1)
 
 
 def _memory(
@@ -154,9 +170,10 @@ def _memory(
     micro, assumed = largest_micro_batch(config, model, sample.get("most_media"))
     found = estimate(config, model, engine, settings, micro)
     size, where = gpu_bytes()
+    node, host = found.host * -(-config.processes // _nodes()), host_bytes()
     return {
         **found.as_dict(), "parts": model.parts, "sizes_from": model.source, "micro_batch": assumed, "gpu": size, "gpu_from": where,
-        "fits": found.total <= size, "host_here": host_bytes(),
+        "fits": found.total <= size and node <= host, "host_of_node": node, "host_here": host,
     }  # fmt: skip
 
 
@@ -174,7 +191,9 @@ def describe(plan: Plan, found: dict[str, Any]) -> str:
         f"# source: {yaml.safe_dump(dict(card['source']), default_flow_style=True).strip()}",
     ]
     if found["rows"]:
-        lines.append(f"# steps: about {found['steps']:,} for {found['rows']:,} rows and {config.epochs:g} epochs")
+        lasting = "" if int(config.trainer.get("max_steps", -1)) > 0 else f" and {config.epochs:g} epochs"
+        said = "about" if lasting else "max_steps says"
+        lines.append(f"# steps: {said} {found['steps']:,} for {found['rows']:,} rows{lasting}")
     lines += [*_token_lines(found["tokens"]), f"# schedule: {found['schedule']}"]
     lines += [f"# {_optimiser(config)}"]
     if plan.benchmark is None:
@@ -230,14 +249,15 @@ def _memory_lines(memory: dict[str, Any]) -> list[str]:
     ]
     if memory["host"]:
         lines.append(
-            f"#   {_size(memory['host'])}  in the host's memory, for each process (this machine has {memory['host_here'] / GB:.0f} GB)"
+            f"#   {_size(memory['host'])}  in the host's memory for each process, {memory['host_of_node'] / GB:.0f} GB for all of a machine "
+            f"(this one has {memory['host_here'] / GB:.0f} GB)"
         )
     lines += [f"#   note: {note}" for note in memory["notes"]]
-    verdict = (
-        "fits"
-        if memory["fits"]
-        else "does NOT fit: more GPUs under zero3 or fsdp2, zero3_offload, LORA=, or a shorter max_length"
-    )
+    verdict = "fits"
+    if memory["total"] > memory["gpu"]:
+        verdict = "does NOT fit: more GPUs under zero3 or fsdp2, zero3_offload, LORA=, or a shorter max_length"
+    elif not memory["fits"]:
+        verdict = "does NOT fit the host's memory: more machines, an engine that offloads less, or LORA="
     return [*lines, f"#   {verdict}; {memory['gpu'] / GB:.0f} GB a GPU ({memory['gpu_from']})"]
 
 

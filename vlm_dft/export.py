@@ -21,8 +21,8 @@ from vlm_dft.collators import ChatCollator
 from vlm_dft.errors import ConfigError, ModelError
 from vlm_dft.families import find_family, part_of
 from vlm_dft.finishing import read_finished
-from vlm_dft.locate import base_model
-from vlm_dft.models import load_processor
+from vlm_dft.locate import base_model, resolve_model
+from vlm_dft.models import load_model, load_processor
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-3}
@@ -40,6 +40,8 @@ class Source:
     run: Path | None
     base: str
     adapter: bool
+    start: str  # what it was trained from: the base, or an adapter merged into it
+    half: bool = False  # trained from in bf16
 
 
 def find_source(name: str) -> Source:
@@ -63,8 +65,11 @@ def find_source(name: str) -> Source:
             raise ConfigError(f"{name!r} holds no whole checkpoint. {hint}")
         checkpoint, run = found, folder
     adapter = (checkpoint / "adapter_config.json").is_file()
-    base = base_model(str(checkpoint)) if adapter else _base_of(run)
-    return Source(checkpoint, run, base, adapter)
+    if adapter:
+        base = base_model(str(checkpoint))
+        return Source(checkpoint, run, base, adapter, base)
+    start, precision = _start_of(run)
+    return Source(checkpoint, run, base_model(start) if start else "", adapter, start, precision == "pure_bf16")
 
 
 def check_export(name: str, out: Path, *, merge: bool, dtype: str | None) -> Source:
@@ -201,12 +206,10 @@ def _plain_load(folder: Path) -> tuple[Any, str]:
 
 
 def _check_untouched(source: Source, saved: Any, dtype: torch.dtype) -> dict[str, int] | None:
-    """Every parameter that was not to be trained is the base's, bit for bit. Raises ModelError; None where no base is known."""
-    if not source.base:
+    """Every parameter that was not to be trained is that of the start, bit for bit. Raises ModelError; None where no start is known."""
+    if not source.start:
         return None
-    from transformers import AutoModelForImageTextToText
-
-    base = AutoModelForImageTextToText.from_pretrained(source.base, dtype=torch.float32)
+    base = load_model(source.start, dtype=torch.bfloat16 if source.half else torch.float32)
     trained = _trained_names(source, base)
     theirs, identical, vision = dict(saved.named_parameters()), 0, 0
     lost, changed = [], []
@@ -282,18 +285,16 @@ def _stored_dtype(name: str) -> torch.dtype:
     return found if isinstance(found, torch.dtype) else torch.float32
 
 
-def _base_of(run: Path | None) -> str:
-    """The model that a run trained, where its folder or the one above says so; "" where not."""
+def _start_of(run: Path | None) -> tuple[str, str]:
+    """(the model that a run was trained from, its precision), where its folder or the one above says so; "" where not."""
     import yaml
 
     for folder in (run, run.parent) if run else ():
         if (folder / "config.yaml").is_file():
-            model = (yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {}).get("model")
-            if model:
-                from vlm_dft.locate import resolve_model
-
-                return base_model(resolve_model(str(model)))
-    return ""
+            found = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {}
+            if found.get("model"):
+                return resolve_model(str(found["model"])), str(found.get("precision", "auto"))
+    return "", ""
 
 
 def _read(path: Path) -> dict[str, Any]:

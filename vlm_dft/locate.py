@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from vlm_dft.cards import PACKAGE
 from vlm_dft.errors import ModelError
@@ -45,4 +46,18 @@ def base_model(folder: str) -> str:
     adapter = Path(folder) / "adapter_config.json"
     if not adapter.is_file():
         return folder
-    return resolve_model(json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"])
+    base = read_mapping(adapter).get("base_model_name_or_path")
+    if not isinstance(base, str):
+        raise ModelError(f"{adapter}: expected the name of a model under base_model_name_or_path, found {base!r}.")
+    return resolve_model(base)
+
+
+def read_mapping(file: Path) -> dict[str, Any]:
+    """A JSON file of a model's folder. Raises ModelError, with the file's name, for one that is broken."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file}: expected JSON, found something else ({error}). Is the folder whole?") from error
+    if not isinstance(found, dict):
+        raise ModelError(f"{file}: expected a mapping of settings, found {type(found).__name__}. Is the folder whole?")
+    return found

@@ -33,7 +33,7 @@ STATES = {  # bytes of optimiser states per trained parameter of 4 bytes, by `op
     "paged_adamw_32bit": 0, "paged_adamw_8bit": 0, "sgd": 0, "adagrad": 4, "rmsprop": 4, "lion_32bit": 4, "lion_8bit": 1,
     "adafactor": 0,
 }  # fmt: skip
-QUANTISED = {"nf4": 0.5 + 4 / 64, "int8": 1.0}  # bytes a weight: nf4 has one fp32 scale for 64 of them
+QUANTISED = {"nf4": 0.5 + 1 / 64, "int8": 1.0}  # bytes a weight: nf4 has a scale for 64 of them, itself in 8 bits
 
 Mode = Literal["fp32", "autocast", "bf16"]
 
@@ -96,14 +96,10 @@ def trained_shapes(config: TrainConfig, model: Dimensions) -> dict[str, tuple[in
     found = {name: shape for name, shape in model.shapes.items() if part_of(name, family) in parts}
     if not config.lora:
         return found
-    adapted = config.parts.get("lora_parts", ["language"])
     patterns = config.parts.get("lora_targets") or []
-    for name, shape in model.shapes.items():
-        layer = name.removesuffix(".weight")
-        if name == layer or len(shape) != 2 or "embed" in name:
-            continue
-        hit = not patterns or any(re.search(rf"(^|\.)(?:{pattern})$", layer) for pattern in patterns)
-        if part_of(name, family) in adapted and hit:
+    for layer in (layer for part in config.lora_parts for layer in model.linears[part]):
+        shape = model.shapes[f"{layer}.weight"]
+        if not patterns or any(re.search(rf"(^|\.)(?:{pattern})$", layer) for pattern in patterns):
             found[f"{layer}.lora_A"], found[f"{layer}.lora_B"] = (config.lora, shape[1]), (shape[0], config.lora)
     return found
 
@@ -198,9 +194,12 @@ def estimate(
     }  # fmt: skip
     weights = n_all * weight + adapters * max(weight, 2)
     if quantised:
-        small = sum(prod(model.shapes[name]) for name in linear if name not in trained)
-        weights -= small * (weight - QUANTISED[quantised])
-        notes.append(f"{quantised}: every frozen linear layer but the head")
+        small = sum(prod(model.shapes[f"{layer}.weight"]) for layer in model.linears["language"])
+        rest = 2 if gpu and config.precision != "fp32" else 4
+        weights = small * QUANTISED[quantised] + (n_all - small) * rest + n_trained * 4
+        notes.append(
+            f"{quantised}: the language model's linear layers; the rest in {'bf16' if rest == 2 else 'fp32'}, what is trained in fp32"
+        )
     items, host = _shared(engine, settings, world, weights, n_trained, weight, states)
     items |= _gathered(engine, settings, model, mode, n_all)
     if mode == "autocast":
@@ -282,9 +281,8 @@ def _gathered(
 
 def recomputed(config: TrainConfig, *, gpu: bool) -> set[str]:
     """The parts whose activations are computed again in the backward pass."""
-    adapted = config.parts.get("lora_parts", ["language"]) if config.lora else []
     asked = config.parts.get("recompute")
-    return set(recomputed_parts(asked, [*config.train_parts, *adapted], "cuda" if gpu else "cpu"))
+    return set(recomputed_parts(asked, [*config.train_parts, *config.lora_parts], "cuda" if gpu else "cpu"))
 
 
 def largest_micro_batch(config: TrainConfig, model: Dimensions, media: int | None = None) -> tuple[Micro, str]:

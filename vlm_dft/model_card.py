@@ -144,8 +144,9 @@ def _training(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
         )
         said = f"the best of those evaluated while training ({found['decides']}, {found['best']['count']} samples, in %: {best}; last: {last})"
         rows.append(("checkpoint", f"`{Path(str(done['checkpoint'])).name}`, {said}"))
+    if int((config.get("trainer") or {}).get("max_steps", -1)) < 1:
+        rows.append(("epochs", f"{config['epochs']:g}"))
     rows += [
-        ("epochs", f"{config['epochs']:g}"),
         ("batch", f"{config['batch_size']} examples = {config['processes']} processes x {config['micro_batch']} x "
                   f"{config['batch_size'] // each} accumulated"),
         ("learning rate", f"{config['learning_rate']:g}, warm-up over {config['warmup']:.0%} of the steps"),

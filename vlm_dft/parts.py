@@ -82,7 +82,7 @@ def prepare_parts(model: Any, config: TrainConfig) -> tuple[Any, Parts]:
             )
         model = add_lora(
             model, config.lora, alpha=words.get("lora_alpha"), dropout=words.get("lora_dropout", 0.0),
-            parts=lora_parts(config), targets=words.get("lora_targets", ()), whole=trained,
+            parts=config.lora_parts, targets=words.get("lora_targets", ()), whole=trained,
         )  # fmt: skip
         if config.precision != "pure_bf16":  # what is trained is kept in fp32, also where the rest is not
             for parameter in model.parameters():
@@ -99,11 +99,6 @@ def prepare_parts(model: Any, config: TrainConfig) -> tuple[Any, Parts]:
     )  # fmt: skip
     parts.rows = _rows(model, parts)
     return model, parts
-
-
-def lora_parts(config: TrainConfig) -> list[str]:
-    """The parts under LoRA: the language model unless others are named."""
-    return list(config.parts.get("lora_parts") or ("language",)) if config.lora else []
 
 
 def parts_of(model: Any, family: Family | None = None) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -38,11 +39,6 @@ def plain(value: Any) -> Any:
     return value
 
 
-def any_value(name: str, value: Any, where: str) -> Any:
-    """Whatever the receiver takes; words that read as numbers or truth values are those."""
-    return plain(value)
-
-
 def number(low: float, high: float = float("inf"), *, open_low: bool = False) -> Reader:
     """A number from low (or above it) to high; empty: not set."""
 
@@ -67,7 +63,8 @@ def whole(low: int) -> Reader:
         found = None if isinstance(value, str) and value in EMPTY else plain(value)
         if found is None:
             return None
-        if isinstance(found, bool) or not isinstance(found, (int, float)) or int(found) != found or found < low:
+        right = isinstance(found, (int, float)) and not isinstance(found, bool) and math.isfinite(found)
+        if not right or int(found) != found or found < low:
             raise ConfigError(f"{where}: {name} must be a whole number above {low - 1} or null, found {value!r}.")
         return int(found)
 
@@ -80,16 +77,21 @@ def one_of(*known: Any) -> Reader:
     def read(name: str, value: Any, where: str) -> Any:
         found = None if isinstance(value, str) and value in EMPTY else plain(value)
         if found is not None and found not in known:
-            raise ConfigError(f"{where}: {name} must be one of {', '.join(map(str, known))}, found {value!r}.")
+            words = list(map(str, known))
+            raise ConfigError(
+                f"{where}: {name} must be one of {', '.join(words)}, found {value!r}.{nearest(str(found), words)}"
+            )
         return found
 
     return read
 
 
 def some_of(*known: str) -> Reader:
-    """A list of some of the known names, as a list or as words between commas; 'none': the empty list."""
+    """A list of some of the known names, as a list or as words between commas; 'none': the empty list; null: not set."""
 
-    def read(name: str, value: Any, where: str) -> list[str]:
+    def read(name: str, value: Any, where: str) -> list[str] | None:
+        if value in (None, "", "null"):
+            return None
         found = words_of(value)
         if unknown := [word for word in found if word not in known]:
             raise ConfigError(
@@ -105,8 +107,28 @@ def texts(name: str, value: Any, where: str) -> Any:
     return value.split(",") if isinstance(value, str) else value
 
 
+def mapping(name: str, value: Any, where: str) -> dict[str, Any] | None:
+    """A mapping, as it is or as YAML's {name: value}; empty: not set."""
+    found = None if value in EMPTY else _from_yaml(value) if isinstance(value, str) else value
+    if found is not None and not isinstance(found, Mapping):
+        raise ConfigError(f"{where}: {name} must be a mapping, say '{{name: value}}', found {value!r}.")
+    return None if found is None else dict(found)
+
+
+def _from_yaml(text: str) -> Any:
+    """What a word says in YAML; the word itself where it is none."""
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
 def patterns(name: str, value: Any, where: str) -> list[str]:
-    """A list of regular expressions (one text is one expression: they may hold commas)."""
+    """A list of regular expressions; one text is one expression (they may hold commas), or YAML's [one, another]."""
+    if isinstance(value, str) and value.startswith("["):
+        value = _from_yaml(value)
     found = [] if value in EMPTY else [value] if isinstance(value, str) else list(value)
     for pattern in found:
         try:
@@ -182,8 +204,7 @@ GROUPS: dict[str, dict[str, Reader]] = {
         "too_long": one_of(*TOO_LONG),
         "packing": one_of(True, False),
         "resize": one_of(*RESIZE),
-        "template_options": any_value,
-        "tokens_per_second": any_value,
+        "template_options": mapping,
         "source_objectives": source_objectives,
         "format_strings": texts,
         "min_pixels": whole(1),
