@@ -1,5 +1,6 @@
 """Run folders: files whole or absent, checkpoints whole or passed over, provenance that suffices."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,8 @@ def test_the_same_run_may_continue_with_other_micro_batches_but_not_other_settin
     config = resolve_config(("test", {"output": str(tmp_path)}))
     claim_folder(tmp_path, config)
     write_provenance(tmp_path, config)
+    claim_folder(tmp_path, resolve_config(("test", {"output": str(tmp_path), "epochs": 2})))  # nothing was saved in it
+    (tmp_path / "checkpoint-3").mkdir()
     claim_folder(tmp_path, resolve_config(("test", {"output": str(tmp_path), "micro_batch": 2})))
     with pytest.raises(ConfigError, match=r"epochs: 1.0 there, 2.0 now"):
         claim_folder(tmp_path, resolve_config(("test", {"output": str(tmp_path), "epochs": 2})))
@@ -39,3 +42,19 @@ def test_versions_name_the_packages_the_commit_and_the_machine() -> None:
     assert found["machine"]["cores"] >= 1
     root = Path(__file__).resolve().parent.parent
     assert (found["commit"] is not None) == (root / ".git").exists()
+
+
+def test_a_run_that_goes_on_elsewhere_keeps_what_it_was_begun_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = resolve_config(("test", {"output": str(tmp_path)}))
+    write_provenance(tmp_path, config)
+    first = json.loads((tmp_path / "versions.json").read_text())
+    (tmp_path / "checkpoint-3").mkdir()
+    write_provenance(tmp_path, config)
+    assert json.loads((tmp_path / "versions.json").read_text()) == first
+    monkeypatch.setenv("NCCL_DEBUG", "INFO")
+    write_provenance(tmp_path, config)
+    found = json.loads((tmp_path / "versions.json").read_text())
+    assert found["environment"] == first["environment"]
+    assert [row["environment"]["variables"]["NCCL_DEBUG"] for row in found["continued"]] == ["INFO"]

@@ -37,7 +37,7 @@ from vlm_dft.probing import gauge
 from vlm_dft.progress import read_metrics
 from vlm_dft.recipes import Accounting, load_recipe
 from vlm_dft.reporting import report_table, write_report
-from vlm_dft.runs import hold, write_json, write_provenance, write_text
+from vlm_dft.runs import begun, hold, write_json, write_provenance, write_text
 from vlm_dft.training import leave_engines, make_collator, train_objective
 
 Echo = Callable[[Any], None]
@@ -71,13 +71,14 @@ def _run(plan: Plan, first: bool, echo: Echo) -> dict[str, Any]:
     account.fingerprint = fingerprint(examples)
     if first:
         _check_same_data(output, account)
-        masks, prior = _look_before(config, processor, examples, echo)
+        masks, prior = _kept_look(output) or _look_before(config, processor, examples, echo)
         write_provenance(output, config)  # now that the data are known to be good: a failed start claims nothing
         for kind, card in (("recipe", plan.recipe), ("benchmark", plan.benchmark)):
             if card is not None:
                 write_text(output / f"{kind}.yaml", yaml.safe_dump(card, sort_keys=False))
         write_json(output / "accounting.json", {"sources": [account.as_dict()]})
         write_json(output / "mask_report.json", masks)
+        write_json(output / "prior.json", prior)
     trained = {}
     for objective in config.objective:
         echo(f"[3/4] training: {objective}, {config.steps(len(examples))} steps of {config.batch_size} examples")
@@ -145,7 +146,7 @@ def _identity(source: Any) -> bytes:
 def _check_same_data(output: Path, account: Accounting) -> None:
     """Refuse to continue a run on other data than it was begun with."""
     before = output / "accounting.json"
-    if before.is_file():
+    if begun(output) and before.is_file():
         found = json.loads(before.read_text(encoding="utf-8"))["sources"][0]["fingerprint"]
         if found != account.fingerprint:
             raise ConfigError(
@@ -198,6 +199,15 @@ def load_for_answers(name: str) -> Any:
     """A model to generate with: bf16 on a GPU, fp32 elsewhere."""
     gpu = device_kind() == "cuda"
     return load_model(name, dtype=torch.bfloat16 if gpu else torch.float32).to(device_kind())
+
+
+def _kept_look(output: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """What was found before a run's first step, if it goes on: masks and prior."""
+    files = [output / name for name in ("mask_report.json", "prior.json")]
+    if not (begun(output) and all(file.is_file() for file in files)):
+        return None
+    masks, prior = (json.loads(file.read_text(encoding="utf-8")) for file in files)
+    return masks, prior
 
 
 def _look_before(

@@ -125,7 +125,21 @@ def write_provenance(output: Path, config: TrainConfig) -> None:
     import yaml
 
     write_text(output / "config.yaml", yaml.safe_dump(config.as_dict(), sort_keys=False))
-    write_json(output / "versions.json", versions())
+    now, file = versions(), output / "versions.json"
+    if not (begun(output) and file.is_file()):
+        write_json(file, now)
+        return
+    before = json.loads(
+        file.read_text(encoding="utf-8")
+    )  # of the first session; later ones follow it where they differ
+    sessions = [before, *before.get("continued", [])]
+    if any(sessions[-1].get(key) != now[key] for key in ("packages", "commit", "python", "machine", "environment")):
+        write_json(file, {**before, "continued": [*before.get("continued", []), now]})
+
+
+def begun(output: Path) -> bool:
+    """Whether a run folder holds a checkpoint: what was only started claims nothing."""
+    return any(output.glob("checkpoint-*")) or any(output.glob("*/checkpoint-*"))
 
 
 def versions() -> dict[str, Any]:
@@ -186,6 +200,8 @@ def write_json(path: Path, value: Any) -> None:
 def _check_same(output: Path, config: TrainConfig) -> None:
     import yaml
 
+    if not begun(output):
+        return
     before: Mapping[str, Any] = yaml.safe_load((output / "config.yaml").read_text(encoding="utf-8")) or {}
     now = config.as_dict()
     changed = [k for k in now if k not in PLACES_ONLY and before.get(k) != now[k]]
