@@ -178,7 +178,7 @@ def _check_blocks(engine: Engine, config: TrainConfig) -> None:
                 engine,
                 "optimizer.type",
                 block.get("type"),
-                f"AdamW with an AdamW of optim (found {config.trainer.get('optim', 'adamw_torch')}); leave the block out, and set optim",
+                "AdamW, which `optim` chooses; leave the block out, and set optim",
             )
         ours = {
             "lr": config.learning_rate, "eps": float(config.trainer.get("adam_epsilon", 1e-8)),

@@ -217,6 +217,8 @@ def train_objective(
     folder.mkdir(parents=True, exist_ok=True)
     if int(os.environ.get("RANK", "0")) == 0:
         sweep(folder)
+    if device_kind() == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, which accelerate imports where it can, warns
     steps = config.steps(len(examples))
     finished = read_finished(folder) or finish(config, folder, steps)
     if finished is not None and finished["steps"] == steps:
