@@ -267,9 +267,7 @@ def test_an_evaluation_does_not_touch_what_cadft_knows(processor: Any, drawn: li
 
 
 def test_a_diverged_run_stops_and_says_so(drawn: list[Any], tmp_path: Path) -> None:
-    with pytest.raises(
-        ModelError, match=r"The loss is nan \(NLL nan\) at step \d+: the model has diverged.* Lower learning_rate"
-    ):
+    with pytest.raises(ModelError, match=r"nan.* at step \d+: the model has diverged.* Lower learning_rate"):
         train_objective(config_of(learning_rate=1e9, max_steps=5), "nll", drawn[:16], tmp_path)
 
 
