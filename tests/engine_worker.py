@@ -75,9 +75,9 @@ def work(rank: int, group: dict[str, Any], port: int, out: str) -> None:
     seen: list[Seen] = []
 
     def prepared(config: Any) -> Any:
-        model, line = prepare(config)
+        model, *more = prepare(config)
         loaded["held_when_loaded"] = share_held(model)
-        return model, line
+        return model, *more
 
     def remember(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
