@@ -30,6 +30,7 @@ ENGINES = list(CLASSES)
 WHOLE = {"train_parts": "vision,merger,language,head"}
 SETTINGS = {
     "recipe": "drawn", "batch_size": 8, "micro_batch": 2, "max_steps": 4, "save_steps": 2, "logging_steps": 1, "learning_rate": 1e-3,
+    "cadft": 1.0,
 }  # fmt: skip
 Found = dict[str, Any]
 

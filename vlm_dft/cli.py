@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import sys
-import tempfile
-import time
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vlm_dft import __version__
-from vlm_dft.errors import RowError, UserError, printable
+from vlm_dft.errors import RowError, UserError, first_to_say, printable
 
-STALE = 600  # seconds after which another launch may have had the same number
 ENDED_BY_USER = 130  # the shell's exit status for an interrupt
 TRAIN_FLAGS = {  # the settings that `vlm-dft train --help` names; every other field is a flag too
     "model": "'tiny', a folder, or a hub id",
@@ -57,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = str(error)
         if "Original Traceback" in message:  # a data loader's worker sends its own along
             message = message.rsplit(f"{type(error).__name__}: ", 1)[-1].rstrip()
-        if not _first_to_say(message):
+        if not first_to_say(message):
             return 2
         rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
         who = "" if rank == "0" else f" (process {rank} of {world})"
@@ -71,22 +67,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nInterrupted. The same command continues from the last checkpoint.", file=sys.stderr)
         return ENDED_BY_USER
-
-
-def _first_to_say(message: str) -> bool:
-    """Whether no other process of this launch has shown this error: what all of them meet is shown once."""
-    if os.environ.get("WORLD_SIZE", "1") == "1":
-        return True
-    launch = [str(os.getppid()), *(os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "MASTER_PORT"))]
-    digest = hashlib.sha256("\n".join([*launch, message]).encode()).hexdigest()[:16]
-    said = Path(tempfile.gettempdir()) / f"vlm-dft-error-{digest}"
-    try:
-        said.touch(exist_ok=False)
-    except FileExistsError:
-        return time.time() - said.stat().st_mtime > STALE
-    except OSError:
-        return True
-    return True
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
+import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+
+STALE = 600  # seconds after which another launch may have had the same number
 
 HIDDEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb"
@@ -43,6 +50,22 @@ class MaskError(RowError):
 def printable(text: str) -> str:
     """A text in which what a terminal would obey, and what nobody would see, is shown by its number: <U+001B>."""
     return HIDDEN.sub(lambda found: f"<U+{ord(found[0]):04X}>", text)
+
+
+def first_to_say(message: str) -> bool:
+    """Whether no other process of this launch has shown this error: what all of them meet is shown once."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return True
+    launch = [str(os.getppid()), *(os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "MASTER_PORT"))]
+    digest = hashlib.sha256("\n".join([*launch, message]).encode()).hexdigest()[:16]
+    said = Path(tempfile.gettempdir()) / f"vlm-dft-error-{digest}"
+    try:
+        said.touch(exist_ok=False)
+    except FileExistsError:
+        return time.time() - said.stat().st_mtime > STALE
+    except OSError:
+        return True
+    return True
 
 
 @contextmanager

@@ -1,26 +1,18 @@
-"""Trainer: transformers' Trainer with a token objective: micro-batches in, exactly normalised steps and diagnostics out."""
+"""Trainer: micro-batches in, exactly normalised steps of a token objective and diagnostics out (checkpoints: saving.py)."""
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import os
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate.utils import send_to_device  # type: ignore[import-untyped]
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import IterableDataset
-from transformers import Trainer, TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME
 
-from vlm_dft.checkpoints import STAGING, CheckpointError, expected_bytes, failed, newest_whole, rotate, seal
 from vlm_dft.config import OWN_STRATEGIES
 from vlm_dft.diagnostics import Alarm, StarvationAlarms, TokenDiagnostics
 from vlm_dft.embedding import give_in_place_gradient
@@ -31,17 +23,15 @@ from vlm_dft.objectives import IGNORE, Objective, find_objective
 from vlm_dft.order import SilentCollator, Split, StepSampler, WithSilentPlaces
 from vlm_dft.parts import Parts, part_rates, split_groups
 from vlm_dft.proof import GradientProof
-from vlm_dft.runs import write_json
+from vlm_dft.saving import SealedTrainer
 from vlm_dft.stopping import PatientWorker
 from vlm_dft.vision_cache import KEYS, VisionCache, why_not_cached
 
-WINDOW = "window_{}.pt"  # in a checkpoint, one a process: what it has gathered since the last log
-STATE = "loss_state.json"  # in a checkpoint: what CADFT knows of the samples before, and what starves
 KEPT = 0.95  # of those moments, from one optimiser step to the next
 LOGGER = logging.getLogger("vlm_dft")
 
 
-class DFTTrainer(Trainer):
+class DFTTrainer(SealedTrainer):
     """transformers' Trainer with a token objective on response rows alone, normalised over the whole optimiser step.
 
     model: with the fused loss attached (loss_head.attach_loss). objective: a name of OBJECTIVES, with parameters or
@@ -127,9 +117,6 @@ class DFTTrainer(Trainer):
         self.diagnostics, self.alarms = TokenDiagnostics(sources), list[Alarm]()
         self._starvation, self._on_alarm = StarvationAlarms(sources), on_alarm
         self.on_activity = on_activity
-        self.watch: Any = None
-        self._staging = False
-        self._resumed: str | None = None  # the checkpoint that `train` goes on from
         self._norms: list[Any] = []  # gradient norms since the last log
         self._last_norm: Any = 0.0
         self._normed_at = -1  # its step
@@ -137,7 +124,6 @@ class DFTTrainer(Trainer):
         self._inputs: Tensor | None = None  # all tokens since the last log, padding left out
         self._samples: list[Tensor] = []  # mean NLLs of this step's samples
         self._moments, self._moments_step = [0.0, 0.0, 0.0], -1  # count, sum, sum of squares, before which step
-        self.add_callback(_Window(self))
         trained: Any = self.model
         head = trained.get_output_embeddings()
         alone = self.args.world_size == 1 and not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
@@ -205,23 +191,12 @@ class DFTTrainer(Trainer):
         )
         return self._order
 
-    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Train; on one process the gradients of head and embeddings are formed in place, since nobody reduces or scales them.
-
-        resume_from_checkpoint: a checkpoint's folder, or True for the newest whole one of output_dir.
-        """
-        if resume_from_checkpoint is True:
-            found, passed_over = newest_whole(Path(str(self.args.output_dir)))
-            for line in passed_over:
-                LOGGER.warning(line)
-            if found is None:
-                raise CheckpointError(f"No whole checkpoint to resume from in {self.args.output_dir!r}.")
-            resume_from_checkpoint = str(found)
-        self._resumed = str(resume_from_checkpoint) if resume_from_checkpoint else None
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; on one process the gradients of head and embeddings are formed in place, since nobody reduces or scales them."""
         for layer in self._in_place:
             layer.in_place = True
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            return super().train(*args, **kwargs)
         finally:
             for layer in self._in_place:
                 layer.in_place, layer._kept = False, None
@@ -374,69 +349,26 @@ class DFTTrainer(Trainer):
             self.on_activity("saving")
         return found
 
-    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        """Keep the last checkpoint, which says that the run is finished: with save_total_limit = 1 the best would be left alone."""
-        best, self.state.best_model_checkpoint = self.state.best_model_checkpoint, None
-        try:
-            return super()._finalize_training(*args, **kwargs)  # type: ignore[no-untyped-call]
-        finally:
-            self.state.best_model_checkpoint = best
-
-    def _get_output_dir(self, trial: Any) -> str:
-        folder = super()._get_output_dir(trial)
-        return os.path.join(folder, STAGING) if self._staging else folder
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Save aside, seal, rename: a checkpoint is whole or not there. Raises CheckpointError in every process if one fails."""
-        run, step = Path(str(self.args.output_dir)), self.state.global_step
-        aside = run / STAGING / f"checkpoint-{step}"
+    def before_save(self) -> None:
+        """A diverged model is not saved: rotation would leave no other."""
         finite = torch.isfinite(self._tr_loss) and math.isfinite(float(self._last_norm))
         if self.accelerator.reduce(torch.tensor(float(not finite), device=self.args.device), "sum"):
             raise self._diverged(
                 f"Before a checkpoint: loss {float(self._tr_loss)}, gradient norm {float(self._last_norm)}"
             )
-        if self.args.should_save:
-            shutil.rmtree(run / STAGING, ignore_errors=True)
         if self.cadft:
             self._update_moments()
-        self.accelerator.wait_for_everyone()
-        wrong: Exception | None = None
-        self._staging = True
-        try:
-            aside.mkdir(parents=True, exist_ok=True)
-            super()._save_checkpoint(model, trial)
-            torch.save(self._window(), aside / WINDOW.format(self.args.process_index))
-        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk, by each of the libraries' names
-            wrong = error
-        finally:
-            self._staging = False
-        self._all_saved(wrong, run)  # and everyone's files are there
-        self._name_best(run, aside.name)
-        if self.args.should_save:
-            try:
-                state = {"moments": self._moments, "starvation": self._starvation.state()}
-                write_json(aside / STATE, state)
-                if self.state.best_global_step:
-                    self.state.save_to_json(str(aside / TRAINER_STATE_NAME))
-                seal(aside, run / aside.name, step=step, processes=self.args.world_size)
-            except (OSError, ValueError) as error:
-                wrong = error
-        self._all_saved(wrong, run)
-        if self.args.should_save:
-            rotate(run / aside.name, self.args.save_total_limit, protected=[self.state.best_model_checkpoint])
-        self.accelerator.wait_for_everyone()
 
-    def _all_saved(self, wrong: Exception | None, run: Path) -> None:
-        """Wait until every process has saved its share. Raises CheckpointError where one could not."""
-        count = torch.tensor(float(wrong is not None), device=self.args.device)
-        if not self.accelerator.reduce(count, "sum"):
-            return
-        if self.args.should_save:
-            shutil.rmtree(run / STAGING, ignore_errors=True)
-        size = expected_bytes(self.model, adapter=hasattr(self.model, "peft_config"), optimiser=str(self.args.optim))
-        raise failed(run, self.state.global_step, wrong or OSError("another process failed"), size) from wrong
+    def run_state(self) -> dict[str, Any]:
+        """What CADFT knows of the samples before, and what starves."""
+        return {"moments": self._moments, "starvation": self._starvation.state()}
 
-    def _window(self) -> dict[str, Any]:
+    def restore_run_state(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint's `run_state`."""
+        self._moments = state["moments"]
+        self._starvation.restore(state["starvation"])
+
+    def window(self) -> dict[str, Any]:
         """What this process has gathered since the last log, which a log after a resume goes on from."""
         norms = [float(norm) for norm in self._norms]
         return {
@@ -448,62 +380,16 @@ class DFTTrainer(Trainer):
             "diagnostics": self.diagnostics.state(),
         }
 
-    def _restore_window(self, checkpoint: str) -> None:
+    def restore_window(self, found: Sequence[dict[str, Any]]) -> None:
         """Go on with this process's window; of another number of processes, with all of theirs in the first."""
-        rank, processes = self.args.process_index, len(list(Path(checkpoint).glob(WINDOW.format("*"))))
-        ranks = [rank] if processes == self.args.world_size else range(processes)
-        found = [torch.load(Path(checkpoint) / WINDOW.format(k), map_location="cpu", weights_only=True) for k in ranks]
-        if not found:
-            return
+        mine = len(found) == 1 or self.args.process_index == 0
         kept: dict[str, Any] = {**found[0], "loss": torch.stack([one["loss"] for one in found]).mean()}
         for name in ("media", "inputs"):
             counts = [one[name] for one in found if one[name] is not None]
-            kept[name] = torch.stack(counts).sum() * (len(found) == 1 or rank == 0) if counts else None
+            kept[name] = torch.stack(counts).sum() * mine if counts else None
         sums = [one["diagnostics"] for one in found if one["diagnostics"] is not None]
-        mine = sums and (len(found) == 1 or rank == 0)
-        kept["diagnostics"] = {name: sum(one[name] for one in sums) for name in sums[0]} if mine else None
+        kept["diagnostics"] = {name: sum(one[name] for one in sums) for name in sums[0]} if sums and mine else None
         kept = send_to_device(kept, self.args.device)
         self._tr_loss, self._globalstep_last_logged = kept["loss"], kept["logged_at"]
         self._norms, self._media, self._inputs = kept["norms"], kept["media"], kept["inputs"]
         self.diagnostics.restore(kept["diagnostics"])
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """As it is, but for a checkpoint without the optimiser's state, which the stock Trainer takes for a fresh start."""
-        alone = not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
-        if checkpoint is not None and alone and not (Path(checkpoint) / "optimizer.pt").is_file():
-            raise ModelError(
-                f"{checkpoint} holds no optimizer.pt, expected one: it was saved under another engine, or with save_only_model. Continue "
-                "with the engine that it was begun with."
-            )
-        super()._load_optimizer_and_scheduler(checkpoint)
-
-    def _name_best(self, folder: Path, name: str) -> None:
-        """The best checkpoint, which rotation spares, by its place: the stock Trainer names the folder it was written to."""
-        best = folder / f"checkpoint-{self.state.best_global_step}"
-        kept = (self.watch is None or self.watch.keep_best) and (best.name == name or best.is_dir())
-        self.state.best_model_checkpoint = str(best) if kept else None
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Load weights by the model's own from_pretrained: on disk Qwen2.5-VL has other key names than in memory."""
-        model = model or self.model
-        kept = Path(resume_from_checkpoint) / STATE
-        if kept.is_file():
-            state = json.loads(kept.read_text(encoding="utf-8"))
-            self._moments = state["moments"]
-            self._starvation.restore(state["starvation"])
-        if self.is_fsdp_enabled or hasattr(model, "peft_config"):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        saved = type(model).from_pretrained(resume_from_checkpoint, dtype="auto")
-        model.load_state_dict(saved.state_dict(), strict=True)
-
-
-class _Window(TrainerCallback):
-    """Goes on with the unfinished window of logs of the checkpoint that is resumed."""
-
-    def __init__(self, trainer: DFTTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer._resumed is not None:
-            self.trainer._restore_window(self.trainer._resumed)
