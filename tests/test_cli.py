@@ -97,6 +97,7 @@ def test_an_output_folder_of_another_run_names_what_differs(capsys: pytest.Captu
 
     plan = check_run(resolve_config(("test", {"output": str(tmp_path / "run")})))
     write_provenance(plan.output, plan.config)
+    (plan.output / "checkpoint-3").mkdir()  # something to lose
     message = fails(capsys, "train", "--output", str(tmp_path / "run"), "--objective", "nll", "--seed", "7")
     assert "objective: ['dft'] there, ['nll'] now" in message and "seed: 0 there, 7 now" in message
 
