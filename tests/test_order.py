@@ -158,6 +158,7 @@ def test_a_batch_of_silent_places_is_one_short_row_without_a_target(
     lengths = [collator.measure(row).tokens for row in drawn[:5]]
     batch = SilentCollator(collator)([WithSilentPlaces(drawn[:5], lengths)[5]] * 3)
     assert batch["input_ids"].numel() == min(lengths)
+    assert batch["silent"] is True  # so that its tokens are not counted
     assert (batch["labels"] == -100).all() and (batch["token_kinds"] == 0).all()
     assert (batch["source_ids"] == -1).all() and (batch["objective_ids"] == -1).all()
     assert "pixel_values" in batch  # it goes through all that other rows go through

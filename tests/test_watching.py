@@ -345,7 +345,7 @@ def test_two_processes_share_an_evaluation_and_train_on_as_if_there_were_none(
     file.write_text(
         json.dumps({"zero_optimization": zero, "zero_allow_untested_optimizer": True, **dict.fromkeys(sizes, "auto")})
     )
-    more = {"ddp": {}, "fsdp2": {"fsdp2": True}, "zero3": {"engine": str(file)}}[engine]
+    more = {"ddp": {}, "fsdp2": {"engine": "fsdp2"}, "zero3": {"engine": str(file)}}[engine]
     common = {**SETTINGS, **more, "processes": 2, "max_steps": 4, "save_steps": 2}
     runs = {"with": {**common, **WATCHED, "keep_best": True}, "without": common}
     environment = {

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import transformers
-from loss_worker import FSDP2, let_fsdp_run_on_cpu
+from loss_worker import let_fsdp_run_on_cpu
 
 from vlm_dft import training
 from vlm_dft.config import resolve_config
@@ -19,7 +19,7 @@ from vlm_dft.recipes import load_recipe, read_recipe
 
 torch.set_num_threads(1)
 folder, runs = Path(sys.argv[1]), json.loads(sys.argv[2])
-if any(settings.get("engine") for settings in runs.values()):
+if any("zero" in settings.get("engine", "") for settings in runs.values()):
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it is compiled, for minutes, and not used
@@ -44,9 +44,9 @@ def remember(self, *args, **kwargs):  # type: ignore[no-untyped-def]
 
 training.DFTTrainer.__init__ = remember  # type: ignore[method-assign]
 for name, settings in runs.items():
-    if settings.pop("fsdp2", False):
+    if settings.get("engine") == "fsdp2":
         let_fsdp_run_on_cpu()
-        settings |= {"fsdp": True, "fsdp_config": FSDP2}
+        training.check_devices = lambda engine, device: None  # since it does run here
     config = resolve_config(("worker", settings))
     training.train_objective(config, "dft", examples, folder / name)
     if int(os.environ.get("RANK", "0")) == 0:

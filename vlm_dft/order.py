@@ -15,6 +15,8 @@ from torch.utils.data import Dataset, Sampler
 
 from vlm_dft.objectives import IGNORE
 
+SILENT = "silent"  # in a batch that a process got because it takes part in every pass: no part of the data
+
 
 @dataclass(frozen=True, slots=True)
 class Split:
@@ -145,7 +147,7 @@ class WithSilentPlaces(Dataset[Any]):
 
 
 class SilentCollator:
-    """Any collator, given batches with silent places: they are left out, but one where a batch would be empty."""
+    """Any collator, given batches with silent places: they are left out, but one, marked SILENT, where a batch would be empty."""
 
     def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
         self.collate = collate
@@ -157,4 +159,5 @@ class SilentCollator:
             return self.collate(spoken)
         batch = dict(self.collate([rows[0].row]))  # every process takes part in every pass
         none = {"labels": IGNORE, "shift_labels": IGNORE, "token_kinds": 0, "source_ids": -1, "objective_ids": -1}
-        return {**batch, **{key: torch.full_like(batch[key], value) for key, value in none.items() if key in batch}}
+        masked = {key: torch.full_like(batch[key], value) for key, value in none.items() if key in batch}
+        return {**batch, **masked, SILENT: True}

@@ -20,7 +20,7 @@ from vlm_dft.errors import ModelError
 from vlm_dft.kinds import kind_bits
 from vlm_dft.loss_head import Compatibility, Kl, LossMixin, response_hidden, sample_indices, sample_means
 from vlm_dft.objectives import IGNORE, Objective, find_objective
-from vlm_dft.order import SilentCollator, Split, StepSampler, WithSilentPlaces
+from vlm_dft.order import SILENT, SilentCollator, Split, StepSampler, WithSilentPlaces
 from vlm_dft.parts import Parts, part_rates, split_groups
 from vlm_dft.proof import GradientProof
 from vlm_dft.saving import SealedTrainer
@@ -228,7 +228,7 @@ class DFTTrainer(SealedTrainer):
         """sum(w * -log p) over this micro-batch / targets of the step, times the ranks that will be averaged over."""
         inputs = dict(inputs)
         labels, kinds, sources = inputs["labels"], inputs.pop("token_kinds", None), inputs.pop("source_ids", None)
-        keys = inputs.pop(KEYS, None)
+        keys, silent = inputs.pop(KEYS, None), inputs.pop(SILENT, False)
         if self.vision_cache is not None and keys is not None and "pixel_values_videos" not in inputs:
             with self.accelerator.autocast():
                 features = self.vision_cache.features(
@@ -254,7 +254,7 @@ class DFTTrainer(SealedTrainer):
             self.diagnostics.add(outputs, *own)
             mask = inputs.get("attention_mask")
             count = torch.tensor(labels.numel(), device=labels.device) if mask is None else mask.sum()
-            count = count * rows.any()  # a silent place's tokens are nobody's
+            count = count * (not silent)  # a silent batch's tokens are nobody's
             self._inputs = count if self._inputs is None else self._inputs + count
             types = inputs.get("mm_token_type_ids")
             if types is not None:
