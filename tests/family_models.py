@@ -132,7 +132,7 @@ def build_model(family: str) -> Any:
     """A fresh model of a family, the same weights at every call; zero-initialised gates opened, so that all of it is used."""
     config, kind = _config(family)
     torch.manual_seed(0)
-    model = kind(config)
+    model = kind(copy.deepcopy(config))  # a test may change it
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if not parameter.abs().sum() or "gate" in name.rpartition(".")[2]:
