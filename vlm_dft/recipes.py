@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from vlm_dft.cards import read_card
 from vlm_dft.chat import MARKERS, Example, as_example, count_markers, unroll
 from vlm_dft.errors import CardError, RowError
 from vlm_dft.prompts import prompt_text
-from vlm_dft.rows import fill, locate, locate_images, read_rows, source_root
+from vlm_dft.rows import Row, fill, locate, locate_images, read_rows, source_root
 
 REQUIRED = ("description", "licence", "source")
 OPTIONAL = (
@@ -25,6 +26,17 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "bot": "assistant"
 MESSAGE_COLUMNS = ("messages", "conversations", "conversation")
 MAX_SOURCES = 50  # that are logged, gauged and watched one by one
 IMAGE_COLUMNS, VIDEO_COLUMNS = ("images", "image"), ("videos", "video")
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a row, or of one of the examples it is unrolled into: an example, or why it is none."""
+
+    id: str
+    example: Example | None = None
+    dropped: str = ""  # why a row that is right is not used: a filter of the card, its length
+    error: RowError | None = None  # what is wrong with it
+    changed: tuple[str, ...] = ()  # what was done to it: "answer appended"
 
 
 @dataclass(slots=True)
@@ -102,6 +114,45 @@ def recipe_root(card: Mapping[str, Any], data: str | None) -> Path | None:
     if root is None and card.get("image_root"):
         raise CardError(f"{where} takes its images from local files. Say where they are: --data DIR (or DATA=DIR).")
     return root
+
+
+def outcomes(
+    card: Mapping[str, Any], data: str | None, *, start: int = 0, limit: int | None = None
+) -> Iterator[Outcome]:
+    """What becomes of each row from place `start` on, in file order; of `limit` rows at most. Nothing of them is raised."""
+    root = recipe_root(card, data)
+    for row in places(card, root, start=start, limit=limit):
+        yield from [row] if isinstance(row, Outcome) else outcomes_of(card, row, root)
+
+
+def places(
+    card: Mapping[str, Any], root: Path | None, *, start: int = 0, limit: int | None = None
+) -> Iterator[Row | Outcome]:
+    """Every place of a recipe's files in order: its raw row, or the Outcome of one that cannot be read."""
+    wrong: list[Outcome] = []
+    rows = read_rows(
+        card["source"], root, where=f"Recipe {card['name']!r}", start=start,
+        broken=lambda row_id, error: wrong.append(Outcome(row_id, error=error)),
+    )  # fmt: skip
+    left = math.inf if limit is None else limit
+    ended = False
+    while left > 0 and not ended:
+        row = next(rows, None)
+        ended = row is None
+        for place in [*wrong, *([] if row is None else [row])][: None if left == math.inf else int(left)]:
+            yield place
+            left -= 1
+        wrong.clear()
+
+
+def outcomes_of(card: Mapping[str, Any], row: Row, root: Path | None) -> list[Outcome]:
+    """What becomes of a raw row: one outcome, or one for each answer where the card unrolls. Raises nothing of the row's."""
+    try:
+        found = example_of(card, row, root)
+        made = (card.get("unroll") and unroll(found)) or [found]  # one without an answer is refused when it is measured
+    except RowError as error:
+        return [Outcome(str(row["id"]), error=error)]
+    return [Outcome(example.id, example) for example in made]
 
 
 def load_recipe(

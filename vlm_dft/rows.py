@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import string
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -43,8 +44,22 @@ def source_root(source: Mapping[str, Any], data: str | Path | None, *, where: st
     return root
 
 
-def read_rows(source: Mapping[str, Any], root: Path | None, *, where: str) -> Iterator[Row]:
-    """Yield every row of a source in file order, each with an `id`. Raises RowError naming file and line."""
+def read_rows(
+    source: Mapping[str, Any],
+    root: Path | None,
+    *,
+    where: str,
+    start: int = 0,
+    broken: Callable[[str, RowError], None] | None = None,
+) -> Iterator[Row]:
+    """Yield every row of a source in file order, each with an `id`, from place `start` on.
+
+    A row that cannot be read (a half-written line) takes a place too: `broken` is called with its id and the error.
+    Raises RowError naming file and line where there is no `broken`, and where nothing more can be read after it.
+    """
+    if start:
+        yield from islice(read_rows(source, root, where=where, broken=broken), start, None)
+        return
     if "hub" in source:
         yield from _hub_rows(source)
         return
