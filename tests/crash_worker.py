@@ -62,8 +62,9 @@ def job(folder: Path, model: Path, settings: dict[str, Any], examples: list[Any]
     generate(load_model(str(final)), collator, samples, folder / "predictions.jsonl", batch_size=4, show=False)
 
 
-def attempt(arguments: tuple[Any, ...], seconds: float | None) -> tuple[bool, float]:
-    """Run the job in a process of its own, and kill it after so many seconds. Returns (it ended by itself, seconds it took)."""
+def attempt(arguments: tuple[Any, ...], due: float | Path | None) -> tuple[bool, float]:
+    """Run the job in a process of its own, and kill it after so many seconds or when a file is there. Returns (it ended by
+    itself, seconds it took)."""
     start, child = time.monotonic(), os.fork()
     if child == 0:
         sys.stdout = sys.stderr = open(arguments[0].parent / "said.txt", "a")  # noqa: SIM115
@@ -83,7 +84,7 @@ def attempt(arguments: tuple[Any, ...], seconds: float | None) -> tuple[bool, fl
             if status:
                 raise RuntimeError((arguments[0].parent / "said.txt").read_text()[-4000:])
             return True, time.monotonic() - start
-        if seconds is not None and time.monotonic() - start > seconds:
+        if due is not None and (due.exists() if isinstance(due, Path) else time.monotonic() - start > due):
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             return False, time.monotonic() - start
@@ -145,7 +146,9 @@ def main() -> None:
             run, kills = folder / f"run{k}", list[str]()
             arguments = (run, folder / "model", settings, examples, samples)
             share = (draw.random() + k // len(VARIANTS)) / -(-asked["kills"] // len(VARIANTS))
-            moment: float | None = seconds * share  # in a slice of the run of its own
+            moment: float | Path | None = seconds * share  # in a slice of the run of its own
+            if k >= asked["kills"] - len(VARIANTS):  # the last slice, whatever the machine does besides
+                moment = run / "predictions.jsonl"
             while True:
                 ended, took = attempt(arguments, moment)
                 if ended and kills:

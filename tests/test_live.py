@@ -224,6 +224,7 @@ def in_terminal(
     """Run Python in a terminal of (columns, rows). Returns the exit status and all that was written to the terminal."""
     pid, terminal = pty.fork()
     if pid == 0:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell that runs us in the background has it ignored
         for name in ("CI", "NO_COLOR"):
             os.environ.pop(name, None)
         os.environ |= {
