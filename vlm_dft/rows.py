@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import string
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from vlm_dft.cards import check_keys, nearest
+from vlm_dft.cards import check_keys
+from vlm_dft.columns import fill
 from vlm_dft.errors import CardError, RowError
 
 SOURCE_KEYS = {"embedded", "files", "hub", "config", "split", "revision"}
@@ -69,24 +69,6 @@ def read_rows(
             if not isinstance(row, dict):
                 raise RowError(f"{where}, {name}, row {k}: expected an object, found {type(row).__name__}.")
             yield {**row, "id": str(row.get("id", row.get("pid", key)))}
-
-
-def fill(template: str, row: Mapping[str, Any], *, where: str) -> str:
-    """Replace every `{column}` of a template by the row's value. Raises RowError for an absent or null column."""
-    values = {}
-    try:
-        columns = [column for _, column, _, _ in string.Formatter().parse(str(template))]
-    except ValueError as error:
-        raise CardError(f"{where}: not a template of {{columns}}: {template!r} ({error}).") from error
-    for column in columns:
-        if column is None:
-            continue
-        if column not in row:
-            raise RowError(f"{where}: no column {column!r}.{nearest(column, row)} Columns found: {', '.join(row)}.")
-        if row[column] is None:
-            raise RowError(f"{where}: column {column!r} is null.")
-        values[column] = row[column]
-    return str(template).format_map(values)
 
 
 def locate_images(

@@ -1,0 +1,155 @@
+"""Row examples: a recipe card and a raw row in; the Example it is, its answers finished and its media located, out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from vlm_dft.chat import Example, Message, as_example, is_trained, text_of
+from vlm_dft.columns import fill, is_nan
+from vlm_dft.errors import RowError
+from vlm_dft.markers import MARKERS, MISMATCH, NUMBERED, count_markers, count_numbered, read_numbered
+from vlm_dft.prompts import prompt_text, right_option
+from vlm_dft.response_text import finish, with_ending
+from vlm_dft.row_formats import format_of, inline_images, media_of, messages_of, tools_of
+from vlm_dft.rows import locate, locate_images
+
+
+def made_of(card: Mapping[str, Any], row: Mapping[str, Any], root: Path | None) -> tuple[Example, tuple[str, ...]]:
+    """(the Example of a raw row, what was done to it)."""
+    where = where_of(card, row)
+    folder = root / card["image_root"] if root is not None and card.get("image_root") else root
+    tools: list[Any] = []
+    if "prompt" in card:
+        option = right_option(card, row, where=where)
+        messages: list[Any] = [
+            {"role": "user", "content": prompt_text(card, row, where=where)},
+            {"role": "assistant", "content": fill(card["response"], {**row, **option}, where=where).strip()},
+        ]
+        images = locate_images(card, row, folder, where=where, remote=True)
+        videos = media_of(card, row, "video") if card.get("videos") else []
+    else:
+        messages = messages_of(row, format_of(card, row, where=where), where=where)
+        tools = tools_of(row.get("tools"), where)
+        images = [fill(card["image"], row, where=where)] if "image" in card else media_of(card, row, "image")
+        videos, option = media_of(card, row, "video"), {}
+    messages, inline = inline_images(messages)
+    if inline and images:
+        raise RowError(f"{where}: images both as <img> in the text and in a column. Give them in one place.", MISMATCH)
+    images = images or inline
+    _check_media(card, row, messages, {"image": images, "video": videos}, where)
+    changed = []
+    if card.get("system") and messages[0]["role"] == "system":
+        changed.append("the row's own system prompt kept")
+    elif card.get("system"):
+        messages = [{"role": "system", "content": card["system"]}, *messages]
+    try:
+        made = as_example(
+            {"messages": messages, "images": images, "videos": videos, "tools": tools, "id": where}, where=where
+        )
+    except RowError as error:
+        if error.reason == RowError.reason:
+            error.reason = "conversation malformed"
+        raise
+    answers, finished = _finish_answers(card, row, option, made.messages, where)
+    changed += finished
+    said = [read_numbered(messages, images, where=where)[2]] if images else []
+    own = None if "prompt" in card else row.get("source")  # a mixture in one file tells its sources apart itself
+    example = replace(
+        made, id=str(row["id"]), source=own if isinstance(own, str) and own.strip() else str(card["name"]),
+        images=locate(made.images, folder, where=where, remote=True),
+        videos=locate(made.videos, folder, where=where, kind="video"),
+    )  # fmt: skip
+    return example, tuple(filter(None, [*said, *changed]))
+
+
+def _finish_answers(
+    card: Mapping[str, Any], row: Mapping[str, Any], option: Mapping[str, str], messages: list[Message], where: str
+) -> tuple[list[Message], list[str]]:
+    """(the messages, their answers as the card declares: tags, ending, objective, weight; what was done)."""
+    tags = {str(name).lower(): str(action) for name, action in (card.get("tags") or {}).items()}
+    last = max((k for k, message in enumerate(messages) if message["role"] == "assistant"), default=None)
+    done, changed = list[Message](), dict[str, None]()
+    for k, message in enumerate(messages):
+        if message["role"] != "assistant":
+            done.append(message)
+            continue
+        place = where if "prompt" in card else f"{where}, turn {k}"
+        texts, thoughts = [], []
+        parts = [message["content"]] if isinstance(message["content"], str) else message["content"]
+        for part in parts:
+            finished = finish(part if isinstance(part, str) else part.get("text", ""), tags, where=place)
+            texts.append(finished.text)
+            thoughts += [finished.reasoning] if finished.reasoning else []
+            changed |= dict.fromkeys(finished.changed)
+        if thoughts and message.get("reasoning_content"):
+            raise RowError(f"{place}: reasoning both in its own key and in a tag.", "reasoning twice")
+        if is_trained(message) and not "".join(texts).strip() and not message.get("tool_calls"):
+            raise RowError(f"{place}: the response is empty.", "the response is empty")
+        if NUMBERED.search("".join(texts)):
+            changed["<image_N> in the response kept as text"] = None
+        if k == last and "ending" in card:
+            whole, appended = with_ending("".join(texts), _ending(card, row, option, where))
+            if appended:
+                texts[-1] = texts[-1].rstrip() + whole[len("".join(texts).rstrip()) :]
+                changed[_how(card["ending"], "".join(parts) if isinstance(parts[0], str) else text_of(parts))] = None
+        own = {key: card[key] for key in ("objective", "weight") if key in card and is_trained(message)}
+        content = texts[0] if isinstance(message["content"], str) else [
+            {**part, "text": text} if part["type"] == "text" else part for part, text in zip(parts, texts, strict=True)
+        ]  # fmt: skip
+        thought = {"reasoning_content": "\n\n".join(thoughts)} if thoughts else {}
+        done.append({**own, **message, **thought, "content": content})
+    return done, list(changed)
+
+
+def _how(ending: str, text: str) -> str:
+    """What is said of a response that an ending was appended to: that it ended in another one is worth knowing."""
+    begins = ending.split("{")[0].strip()
+    another = begins and begins in text.strip().split("\n")[-1]
+    return "ending appended after another of its kind" if another else "ending appended"
+
+
+def _ending(card: Mapping[str, Any], row: Mapping[str, Any], option: Mapping[str, str], where: str) -> str:
+    """The card's ending, with {answer} as its `answer` says: one form, or one for rows with options and one for the others."""
+    answer, values = card.get("answer"), {**row, **option}
+    if isinstance(answer, Mapping):
+        answer = answer["choice" if option else "free"]
+    if answer is not None:
+        values["answer"] = fill(answer, values, where=where).strip()
+    said = fill(card["ending"], values, where=where)
+    if "answer" in values and not str(values["answer"]).strip():
+        raise RowError(f"{where}: the answer is empty.", "the answer is empty")
+    return said
+
+
+def _check_media(
+    card: Mapping[str, Any], row: Mapping[str, Any], messages: list[Any], media: Mapping[str, list[Any]], where: str
+) -> None:
+    """Refuse markers without media, and places in a list of media that hold nothing."""
+    for kind, sources in media.items():
+        for k, source in enumerate(sources):
+            if source is None or is_nan(source) or source == "":
+                raise RowError(f"{where}: {kind} {k + 1} of {len(sources)} is {source!r}.", f"{kind} is null")
+        markers = count_markers(messages, kind) + (count_numbered(messages) if kind == "image" else 0)
+        if markers and not sources and not _parts(messages, kind):
+            own = card.get(f"{kind}s") or card.get(kind)
+            raise RowError(
+                f"{where}: {markers} {MARKERS[kind]} markers but no {kind}s. Expected them in the column "
+                f"{own or f'{kind}s or {kind}'!r}; the row has {', '.join(map(str, row))}.",
+                MISMATCH,
+            )
+
+
+def _parts(messages: list[Any], kind: str) -> bool:
+    """Whether messages that nobody has checked yet hold parts of a kind."""
+    return any(
+        isinstance(part, Mapping) and part.get("type") in (kind, f"{kind}_url")
+        for message in messages if isinstance(message["content"], list) for part in message["content"]
+    )  # fmt: skip
+
+
+def where_of(card: Mapping[str, Any], row: Mapping[str, Any]) -> str:
+    """How errors call a row."""
+    return f"{card['name']} row {row['id']}"
