@@ -11,7 +11,7 @@ from vlm_dft.errors import RowError
 Message = dict[str, Any]
 MARKERS = {"image": "<image>", "video": "<video>"}
 SPELLINGS = {"image": ("<image>", "<ImageHere>"), "video": ("<video>",)}
-NUMBERED = re.compile(r"<image_?(\d{1,4})>")
+NUMBERED = re.compile(r"<image[_ ]?(\d{1,4})>")  # MV-MATH's, MathVision's, MMMU's
 COMPOSITE = "numbered image markers kept as text, the one image first"
 REFERENCES = "numbered image markers kept as text beside the unnumbered"
 MISMATCH = "markers and media differ in number"

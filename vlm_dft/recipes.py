@@ -125,7 +125,8 @@ def places(
     first = None
     if start:  # the first row says the format, wherever reading goes on
         first = next((found for row in _read(card, root, 0) if (found := _look_at(card, row))), None)
-    unseen = set(card.get("keep") or {}) if not start and limit is None else set()
+    needed = {*(card.get("keep") or {}), *(card[key] for key in ("images", "videos") if card.get(key))}
+    unseen = needed if not start and limit is None else set()  # some rows may lack them, not all
     left = math.inf if limit is None else limit
     for k, place in enumerate(_read(card, root, start)):
         if k >= left:
@@ -138,8 +139,10 @@ def places(
                 place = Outcome(str(place["id"]), error=error)
         yield place
     if unseen and first is not None:
+        name = sorted(unseen)[0]
         raise CardError(
-            f"Recipe {card['name']!r}, keep: no row has a column {sorted(unseen)[0]!r}.{first.seen(sorted(unseen)[0])}"
+            f"Recipe {card['name']!r} names a column {name!r}, which no row has.{nearest(name, first.row)} Columns of the first row: "
+            f"{', '.join(map(str, first.row))}."
         )
 
 
@@ -166,9 +169,6 @@ class _First:
 
     row: Row
     format: Detected | None  # None: the card's own prompt and response
-
-    def seen(self, column: str) -> str:
-        return f"{nearest(column, self.row)} Columns of the first row: {', '.join(map(str, self.row))}."
 
 
 def _look_at(card: Mapping[str, Any], row: Row | Outcome) -> _First | None:

@@ -7,14 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vlm_dft.chat import Example, Message, as_example, is_trained, text_of
+from vlm_dft.chat import Example, Message, as_example, is_trained
 from vlm_dft.columns import fill, is_nan
 from vlm_dft.errors import RowError
 from vlm_dft.markers import MARKERS, MISMATCH, NUMBERED, count_markers, count_numbered, read_numbered
 from vlm_dft.prompts import prompt_text, right_option
 from vlm_dft.response_text import finish, with_ending
 from vlm_dft.row_formats import format_of, inline_images, media_of, messages_of, tools_of
-from vlm_dft.rows import locate, locate_images
+from vlm_dft.rows import locate
 
 
 def made_of(card: Mapping[str, Any], row: Mapping[str, Any], root: Path | None) -> tuple[Example, tuple[str, ...]]:
@@ -28,13 +28,11 @@ def made_of(card: Mapping[str, Any], row: Mapping[str, Any], root: Path | None) 
             {"role": "user", "content": prompt_text(card, row, where=where)},
             {"role": "assistant", "content": fill(card["response"], {**row, **option}, where=where).strip()},
         ]
-        images = locate_images(card, row, folder, where=where, remote=True)
-        videos = media_of(card, row, "video") if card.get("videos") else []
     else:
         messages = messages_of(row, format_of(card, row, where=where), where=where)
-        tools = tools_of(row.get("tools"), where)
-        images = [fill(card["image"], row, where=where)] if "image" in card else media_of(card, row, "image")
-        videos, option = media_of(card, row, "video"), {}
+        tools, option = tools_of(row.get("tools"), where), {}
+    images = [fill(card["image"], row, where=where)] if "image" in card else media_of(card, row, "image")
+    videos = media_of(card, row, "video")
     messages, inline = inline_images(messages)
     if inline and images:
         raise RowError(f"{where}: images both as <img> in the text and in a column. Give them in one place.", MISMATCH)
@@ -45,6 +43,7 @@ def made_of(card: Mapping[str, Any], row: Mapping[str, Any], root: Path | None) 
         changed.append("the row's own system prompt kept")
     elif card.get("system"):
         messages = [{"role": "system", "content": card["system"]}, *messages]
+    said = [read_numbered(messages, images, where=where)[2]] if images else []
     try:
         made = as_example(
             {"messages": messages, "images": images, "videos": videos, "tools": tools, "id": where}, where=where
@@ -53,12 +52,11 @@ def made_of(card: Mapping[str, Any], row: Mapping[str, Any], root: Path | None) 
         if error.reason == RowError.reason:
             error.reason = "conversation malformed"
         raise
-    answers, finished = _finish_answers(card, row, option, made.messages, where)
+    messages, finished = _finish_answers(card, row, option, made.messages, where)
     changed += finished
-    said = [read_numbered(messages, images, where=where)[2]] if images else []
     own = None if "prompt" in card else row.get("source")  # a mixture in one file tells its sources apart itself
     example = replace(
-        made, id=str(row["id"]), source=own if isinstance(own, str) and own.strip() else str(card["name"]),
+        made, messages=messages, id=str(row["id"]), source=own if isinstance(own, str) and own.strip() else str(card["name"]),
         images=locate(made.images, folder, where=where, remote=True),
         videos=locate(made.videos, folder, where=where, kind="video"),
     )  # fmt: skip
@@ -77,31 +75,38 @@ def _finish_answers(
             done.append(message)
             continue
         place = where if "prompt" in card else f"{where}, turn {k}"
-        texts, thoughts = [], []
-        parts = [message["content"]] if isinstance(message["content"], str) else message["content"]
-        for part in parts:
-            finished = finish(part if isinstance(part, str) else part.get("text", ""), tags, where=place)
-            texts.append(finished.text)
-            thoughts += [finished.reasoning] if finished.reasoning else []
-            changed |= dict.fromkeys(finished.changed)
+        found = [finish(text, tags, where=place) for text in _texts(message["content"])]
+        texts = [finished.text for finished in found]
+        thoughts = [finished.reasoning for finished in found if finished.reasoning]
+        changed |= dict.fromkeys(effect for finished in found for effect in finished.changed)
         if thoughts and message.get("reasoning_content"):
             raise RowError(f"{place}: reasoning both in its own key and in a tag.", "reasoning twice")
         if is_trained(message) and not "".join(texts).strip() and not message.get("tool_calls"):
             raise RowError(f"{place}: the response is empty.", "the response is empty")
         if NUMBERED.search("".join(texts)):
             changed["<image_N> in the response kept as text"] = None
-        if k == last and "ending" in card:
+        if k == last and texts and "ending" in card:
             whole, appended = with_ending("".join(texts), _ending(card, row, option, where))
             if appended:
+                changed[_how(card["ending"], "".join(texts))] = None
                 texts[-1] = texts[-1].rstrip() + whole[len("".join(texts).rstrip()) :]
-                changed[_how(card["ending"], "".join(parts) if isinstance(parts[0], str) else text_of(parts))] = None
         own = {key: card[key] for key in ("objective", "weight") if key in card and is_trained(message)}
-        content = texts[0] if isinstance(message["content"], str) else [
-            {**part, "text": text} if part["type"] == "text" else part for part, text in zip(parts, texts, strict=True)
-        ]  # fmt: skip
         thought = {"reasoning_content": "\n\n".join(thoughts)} if thoughts else {}
-        done.append({**own, **message, **thought, "content": content})
+        done.append({**own, **message, **thought, "content": _with_texts(message["content"], texts)})
     return done, list(changed)
+
+
+def _texts(content: Any) -> list[str]:
+    """The texts of a message's content, one where it is a string."""
+    return [content] if isinstance(content, str) else [part["text"] for part in content if part["type"] == "text"]
+
+
+def _with_texts(content: Any, texts: list[str]) -> Any:
+    """The content with these in place of its texts."""
+    if isinstance(content, str):
+        return texts[0]
+    left = iter(texts)
+    return [{**part, "text": next(left)} if part["type"] == "text" else part for part in content]
 
 
 def _how(ending: str, text: str) -> str:

@@ -116,12 +116,15 @@ def messages_of(row: Row, form: Detected, *, where: str) -> list[Message]:
         made = [message for k, pair in enumerate(turns) for message in _pair(pair, f"{where}, turn {k}")]
     else:
         made = [turn_of(turn, f"{where}, turn {k}") for k, turn in enumerate(turns)]
+    if form.name == "message" and made[-1]["role"] == "user" and _given(row.get("answer")):  # MM-Eureka's
+        made.append({"role": "assistant", "content": text_of(row["answer"], "answer", where)})
     return [*_system(row), *made]
 
 
 def media_of(card: Mapping[str, Any], row: Row, kind: str) -> list[Any]:
-    """The sources in the row's column of images or videos: the card's, or the usual ones. Nothing is opened."""
-    own = card.get(f"{kind}s") or next((c for c in MEDIA_COLUMNS[kind] if _given(row.get(c))), None)
+    """The sources in the row's column of images or videos: the card's; in a conversation else the usual ones. Nothing is opened."""
+    usual = () if "prompt" in card else MEDIA_COLUMNS[kind]
+    own = card.get(f"{kind}s") or next((c for c in usual if _given(row.get(c))), None)
     value = row.get(own) if own else None
     return [] if not _given(value) else list(value) if isinstance(value, (list, tuple)) else [value]
 
@@ -288,7 +291,7 @@ FORMATS: dict[str, str] = {
     "messages": "turns of role and content",
     "conversations": "turns of from and value",
     "texts": "pairs {user, assistant}",
-    "message": "turns as JSON text",
+    "message": "turns as JSON text, answered by a column answer where they end in a question",
     **{name: _listed(form.columns) for name, form in COLUMN_FORMATS.items()},
 }
 """Every format by the name that a card's `format:` takes -> what its columns hold."""
