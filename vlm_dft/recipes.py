@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from vlm_dft.archives import image_folder
 from vlm_dft.cards import nearest, read_card
 from vlm_dft.chat import Example, unroll
 from vlm_dft.errors import CardError, RowError
@@ -103,6 +104,8 @@ def recipe_root(card: Mapping[str, Any], data: str | None) -> Path | None:
     root = source_root(card["source"], data or card.get("data"), where=where)
     if root is None and card.get("image_root"):
         raise CardError(f"{where} takes its images from local files. Say where they are: --data DIR (or DATA=DIR).")
+    if root is not None and card.get("image_root"):
+        image_folder(root, card["image_root"], where=where)
     return root
 
 
