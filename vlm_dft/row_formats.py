@@ -256,8 +256,10 @@ def _prompt_and_completion(row: Row, where: str) -> list[Message]:
 
 
 def _given(value: Any) -> bool:
-    """Whether a cell holds anything: not null, NaN, an empty text or list."""
-    return not (value is None or is_nan(value) or (isinstance(value, (str, list, tuple, Mapping)) and not len(value)))
+    """Whether a cell holds anything: not null, NaN, an empty text or list, a picture without bytes and path."""
+    if isinstance(value, Mapping):
+        return any(held is not None for held in value.values())
+    return not (value is None or is_nan(value) or (isinstance(value, (str, list, tuple)) and not len(value)))
 
 
 def _listed(names: Any) -> str:
