@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import string
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from vlm_dft.cards import nearest
@@ -68,7 +69,7 @@ def is_nan(value: Any) -> bool:
 
 def _pieces(template: str, where: str) -> list[tuple[str, str | None]]:
     try:
-        parsed = list(string.Formatter().parse(template))
+        parsed = _parsed(template)
     except ValueError as error:
         raise CardError(f"{where}: not a template of {{columns}}: {template!r} ({error}). A brace is {{{{.") from error
     for _, column, spec, conversion in parsed:
@@ -79,3 +80,8 @@ def _pieces(template: str, where: str) -> list[tuple[str, str | None]]:
                 "indices, conversions or formats. A brace that is meant is written twice."
             )
     return [(literal, column) for literal, column, _, _ in parsed]
+
+
+@lru_cache(maxsize=256)
+def _parsed(template: str) -> list[tuple[str, str | None, str | None, str | None]]:
+    return list(string.Formatter().parse(template))

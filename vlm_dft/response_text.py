@@ -11,8 +11,7 @@ from vlm_dft.errors import CardError, RowError
 
 KNOWN_TAGS = (
     "think", "thinking", "thought", "reason", "reasoning", "analysis", "answer", "solution", "summary", "caption", "conclusion",
-    "description", "explanation", "rationale", "reflection", "verification", "final", "final_answer", "begin_of_thought",
-    "end_of_thought",
+    "description", "explanation", "rationale", "reflection", "verification", "final", "final_answer",
 )  # fmt: skip
 """What reasoning sets mark their parts with, in any case. One that a card does not declare is an error, not a word."""
 ACTIONS = ("keep", "strip", "drop", "reasoning")
@@ -61,7 +60,7 @@ def finish(text: str, tags: Mapping[str, str], *, where: str) -> Finished:
     """Do with each tag what `tags` (names in lower case) declares. Raises RowError for an undeclared or unbalanced one.
 
     keep: as it is. strip: the text alone stays. drop: the text goes too. reasoning: the text becomes the message's
-    reasoning. Another tag's name: renamed. A wrapper such as \\boxed{}: put around the text.
+    reasoning. Another tag's name: renamed. A wrapper such as \\boxed{}: the text goes inside its braces.
     """
     if "<" not in text:
         return Finished(text)
@@ -110,7 +109,7 @@ def _done(opened: _Open, closing: str, action: str, thoughts: list[str], changed
         return ""
     if action == "strip":
         return inside.strip()
-    return action.replace("{}", inside.strip()) if "{}" in action else f"<{action}>{inside}</{action}>"
+    return action.replace("{}", "{" + inside.strip() + "}") if "{}" in action else f"<{action}>{inside}</{action}>"
 
 
 def _unbalanced(where: str, found: str, opened: str) -> RowError:

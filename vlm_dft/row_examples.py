@@ -38,6 +38,9 @@ def made_of(card: Mapping[str, Any], row: Mapping[str, Any], root: Path | None) 
         raise RowError(f"{where}: images both as <img> in the text and in a column. Give them in one place.", MISMATCH)
     images = images or inline
     _check_media(card, row, messages, {"image": images, "video": videos}, where)
+    for k, message in enumerate(messages):
+        if message["role"] == "user" and not message["content"] and not (images or videos):
+            raise RowError(f"{where}, turn {k}: the question is empty.", "a question is empty")
     changed = []
     if card.get("system") and messages[0]["role"] == "system":
         changed.append("the row's own system prompt kept")
