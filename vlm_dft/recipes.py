@@ -13,9 +13,8 @@ from vlm_dft.archives import image_folder
 from vlm_dft.cards import nearest, read_card
 from vlm_dft.chat import Example, unroll
 from vlm_dft.errors import CardError, RowError
-from vlm_dft.filters import why_dropped
 from vlm_dft.recipe_cards import OPTIONAL, REQUIRED, check_recipe
-from vlm_dft.row_examples import made_of, where_of
+from vlm_dft.row_examples import filtered, made_of, where_of
 from vlm_dft.row_formats import Detected, agree, detect, format_of
 from vlm_dft.rows import Row, read_rows, source_root
 
@@ -220,7 +219,7 @@ def said_format(card: Mapping[str, Any], data: str | None) -> str:
 def outcomes_of(card: Mapping[str, Any], row: Row, root: Path | None) -> list[Outcome]:
     """What becomes of a raw row: one outcome, or one for each answer where the card unrolls. Raises nothing of the row's."""
     try:
-        if card.get("keep") and (why := why_dropped(card["keep"], row, where=where_of(card, row))):
+        if why := filtered(card, row):
             return [Outcome(str(row["id"]), dropped=why)]
         found, changed = made_of(card, row, root)
         made = (card.get("unroll") and unroll(found)) or [found]  # one without an answer is refused when it is measured

@@ -10,6 +10,7 @@ from typing import Any
 from vlm_dft.chat import Example, Message, as_example, is_trained
 from vlm_dft.columns import fill, is_nan
 from vlm_dft.errors import RowError
+from vlm_dft.filters import why_dropped
 from vlm_dft.markers import MARKERS, MISMATCH, NUMBERED, count_markers, count_numbered, read_numbered
 from vlm_dft.prompts import prompt_text, right_option
 from vlm_dft.response_text import finish, with_ending
@@ -64,6 +65,11 @@ def made_of(card: Mapping[str, Any], row: Mapping[str, Any], root: Path | None) 
         videos=locate(made.videos, folder, where=where, kind="video"),
     )  # fmt: skip
     return example, tuple(filter(None, [*said, *changed]))
+
+
+def filtered(card: Mapping[str, Any], row: Mapping[str, Any]) -> str:
+    """Why the card's `keep` leaves a row out, or ""."""
+    return why_dropped(card["keep"], row, where=where_of(card, row)) if card.get("keep") else ""
 
 
 def _finish_answers(
