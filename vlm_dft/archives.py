@@ -101,7 +101,7 @@ class _Archive:
     """An open archive and its members by name."""
 
     def __init__(self, path: Path) -> None:
-        self.zip = zipfile.ZipFile(_Shared(path))  # type: ignore[arg-type]  # what it asks of a file
+        self.zip = zipfile.ZipFile(_Shared(path))
         infos = [info for info in self.zip.infolist() if not info.is_dir()]
         self.outside = next((i.filename for i in infos if _leaves(i.filename)), None)
         self.members = {posixpath.normpath(info.filename): info for info in infos}

@@ -103,7 +103,7 @@ def check_data(head: bytes, name: str) -> None:
     for mark, encoding in UNICODE:
         if re.match(mark, head, re.DOTALL):
             raise RowError(
-                f"{name}: expected UTF-8, found {encoding}. Convert the file: iconv -f {encoding} -t UTF-8 OLD > NEW.",
+                f"{name}: expected UTF-8 text, found {encoding}. Convert the file: iconv -f {encoding} -t UTF-8 OLD > NEW.",
                 "not UTF-8",
             )
 

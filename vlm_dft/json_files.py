@@ -85,7 +85,9 @@ def json_whole(file: IO[bytes], name: str) -> Iterator[Place]:
 
 def not_utf8(raw: bytes, at: int, where: str) -> RowError:
     """The error of bytes that are not UTF-8, with the encoding they probably are in."""
-    return RowError(f"{where}: expected UTF-8, found the byte 0x{raw[at]:02X} at {at}; {probably(raw)}", "not UTF-8")
+    return RowError(
+        f"{where}: expected UTF-8 text, found the byte 0x{raw[at]:02X} at {at}; {probably(raw)}", "not UTF-8"
+    )
 
 
 def probably(raw: bytes) -> str:
@@ -233,10 +235,8 @@ class _Window:
             return RowError(
                 f"{self.name}: neither JSON (line {line}, column {column}: {what}) nor JSON lines.", "not valid JSON"
             )
-        return RowError(
-            f"{self.name}, line {line}, column {column}: not valid JSON after {self.rows} rows: {what}.",
-            "not valid JSON",
-        )
+        where = f"{self.name}, line {line}, column {column} (row {self.rows})"
+        return RowError(f"{where}: not valid JSON: {what}.", "not valid JSON")
 
 
 def _line(file: IO[bytes]) -> bytes:

@@ -218,7 +218,7 @@ def tar_rows(file: IO[bytes], name: str) -> Iterator[Place]:
     try:
         with tarfile.open(fileobj=file, mode="r|*") as tar:
             for member in tar:
-                tar.members = []  # it would keep every one
+                tar.members = []  # type: ignore[attr-defined]  # it would keep every one
                 folder, base = posixpath.split(member.name)
                 stem, dot, ending = base.partition(".")
                 if member.isdir() or not stem or not dot:
