@@ -22,7 +22,7 @@ ENCODINGS = {
 }  # fmt: skip
 """What text that is not UTF-8 may be in: Python's names and iconv's."""
 _SPACE = re.compile(r"[ \t\n\r]*")
-_RAW = re.compile("[\udc80-\udcff]")  # bytes that are not UTF-8, as they are decoded here
+RAW = re.compile("[\udc80-\udcff]")  # bytes that are not UTF-8, as they are decoded here
 _EDGE = 16  # characters within which an error may be only the end of what has been read: \ud83d\ude00 is 12 long
 
 
@@ -176,7 +176,7 @@ class _Window:
         if self.decoder.odd:
             line, column = self.position(begin)
             return self.decoder.checked(found, f"{self.name}, line {line}, column {column}")
-        if self.raw and (odd := _RAW.search(self.text, begin, end)):
+        if self.raw and (odd := RAW.search(self.text, begin, end)):
             line, column = self.position(odd.start())
             raw = self.text[begin:end].encode(errors="surrogateescape")
             at = len(self.text[begin : odd.start()].encode(errors="surrogateescape"))
