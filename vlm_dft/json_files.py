@@ -44,7 +44,7 @@ def json_lines(file: IO[bytes], name: str) -> Iterator[Place]:
             continue
         where = f"{name}, line {number + 1}"
         try:
-            text = line.decode("utf-8-sig" if number == 0 else "utf-8")
+            text = line.decode("utf-8-sig" if number == 0 else "utf-8").rstrip("\r\n")
             yield number, _row(decoder.checked(decoder.decode(text), where), f"{name}, row {number}")
         except UnicodeDecodeError as error:
             yield number, not_utf8(line, error.start, where)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
 import posixpath
@@ -228,6 +229,10 @@ def tar_rows(file: IO[bytes], name: str) -> Iterator[Place]:
                     key, row = (folder, stem), {"__key__": posixpath.join(folder, stem)}
                 if not isinstance(row, RowError):
                     row = _with_member(row, tar, member, ending.lower(), f"{name}, {member.name}")
+        if not isinstance(file, gzip.GzipFile):  # which itself knows its end
+            file.seek(-tarfile.BLOCKSIZE, 2)
+            if file.read().strip(b"\0"):
+                raise tarfile.ReadError("it does not end as a tar does")
     except tarfile.TarError as error:
         raise RowError(f"{name}: not a whole tar archive ({_brief(error)}). Download it again.", "damaged") from error
     if key is not None:
