@@ -172,12 +172,14 @@ def test_parquet_of_many_row_groups_is_read_from_any_row(tmp_path: Path) -> None
 
 
 def test_row_groups_before_the_start_are_not_read(tmp_path: Path) -> None:
-    content = bytearray(parquet([{"k": "a" * 1000 + str(k)} for k in range(40)], row_group_size=10, compression="none"))
-    content[20:3000] = bytes(2980)  # the first group is spoilt
+    noise = random.Random(0)
+    rows = [{"k": noise.randbytes(1000)} for _ in range(40)]
+    content = bytearray(parquet(rows, row_group_size=10, compression="gzip", use_dictionary=False))
+    content[200:3000] = bytes(2800)  # the first group is spoilt
     path = written(tmp_path, bytes(content))
     with pytest.raises(RowError, match="row group 0: damaged after row 0"):
         read(path)
-    assert [key for key, _ in read(path, start=10)] == list(range(10, 40))
+    assert read(path, start=10) == list(enumerate(rows))[10:]
 
 
 def test_arrow_files_are_read_from_any_row_and_counted(tmp_path: Path) -> None:

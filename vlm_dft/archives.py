@@ -61,7 +61,7 @@ def parts_of(path: Path) -> list[Path]:
 
 def joining(path: Path, parts: list[Path]) -> str:
     """What to do with the parts of an archive."""
-    if parts[0].suffix.startswith(".z"):
+    if re.fullmatch(r"\.z\d+", parts[0].suffix):
         return f"Join them: zip -s 0 {path.name} --out whole.zip, and name whole.zip."
     return f"Join them: cat {re.sub('[A-Za-z0-9]+$', '', parts[0].name)}* > {path.name}."
 
