@@ -152,6 +152,19 @@ def test_rows_of_a_table_with_too_many_or_too_few_values_say_how_many(tmp_path: 
     assert "row 4 (line 8): a quote is opened and never closed" in str(places[4][1])
 
 
+def test_a_row_of_a_table_in_another_encoding_is_one_row_that_cannot_be_read(tmp_path: Path) -> None:
+    lines = ["q,a", "1,é", '"a ""b""","café\nau lait"', "3,三"]
+    content = "\n".join(lines[:1]).encode() + b"\n" + lines[1].encode("cp1252") + b"\n" + lines[2].encode("cp1252")
+    places = read(written(tmp_path, content + b"\n" + lines[3].encode() + b"\n", "a.csv"))
+    assert reasons(places) == ["not UTF-8", "not UTF-8", None] and places[2][1]["a"] == "三"
+    assert "a.csv, row 0 (line 2): expected UTF-8 text, found the byte 0xE9" in str(places[0][1])
+    whole = "Grüße aus Köln: schön, größer, süß, Öl, Äpfel, Übung\n".encode("cp1252") * 9
+    with pytest.raises(
+        RowError, match="it is probably CP1252. Look, and convert the file: iconv -f CP1252 -t UTF-8 OLD > NEW"
+    ):
+        read(written(tmp_path, whole, "b.csv"))
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [(b"a,b,a\n1,2,3\n", "column 'a' is there twice"), (b"a;b\n1;2\n", "one column found, 'a;b'.*convert the file"),
@@ -237,6 +250,17 @@ def test_members_of_a_webdataset_that_are_not_to_be_opened_make_their_row_unread
         None, "a pickle", "not valid JSON", "columns repeated", "a pickle", "not UTF-8", "not a plain file",
     ]  # fmt: skip
     assert "2.pickle is a pickle or may hold one. It could run code when it is loaded" in str(places[1][1])
+
+
+def test_memory_is_flat_while_a_long_tar_is_read(tmp_path: Path) -> None:
+    peaks = []
+    for count in (300, 6_000):
+        path = written(tmp_path, tar({f"{k}.txt": b"x" for k in range(count)}))
+        tracemalloc.start()
+        assert sum(1 for _ in file_rows(path, "x")) == count
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.5 * peaks[0]
 
 
 def test_a_cut_tar_ends_in_an_error_that_says_so(tmp_path: Path) -> None:
@@ -334,6 +358,9 @@ def test_json_is_the_same_however_it_is_cut_into_pieces(chunk: int, monkeypatch:
     for ascii_only in (True, False):
         text = json.dumps(rows, ensure_ascii=ascii_only, indent=draw.choice([None, 1])).encode()
         assert [row for _, row in json_whole(io.BytesIO(text), "x")] == rows
+        one = {"n": 1234567890, "deep": {"m": -1.25e-30}, "s": "é😀" * 9, "t": True}
+        text = json.dumps(one, ensure_ascii=ascii_only).encode()
+        assert list(json_whole(io.BytesIO(text), "x")) == [(0, one)]
         keyed = {f"é{k}": row for k, row in enumerate(rows)} | {"last": {}}
         text = json.dumps(keyed, ensure_ascii=ascii_only, indent=2).encode()
         assert dict(json_whole(io.BytesIO(b"\xef\xbb\xbf" + text), "x")) == keyed
