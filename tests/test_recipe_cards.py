@@ -93,13 +93,13 @@ def test_a_template_is_columns_and_braces_written_twice() -> None:
 
 @pytest.mark.parametrize(
     ("value", "message"),
-    [(None, "is null"), (float("nan"), "is nan"), (float("inf"), "is inf"), ([], "holds a list of 0"), (["a", "b"], "holds a list of 2"),
+    [(None, "is null"), (float("nan"), r"is null \(NaN\)"), (float("inf"), "is inf"), ([], "holds a list of 0"), (["a", "b"], "holds a list of 2"),
      ({"a": 1}, "holds a dict"), (b"x", "holds a bytes")],
 )  # fmt: skip
 def test_a_value_that_is_no_text_is_refused_with_a_reason_that_counts(value: Any, message: str) -> None:
     with pytest.raises(RowError, match=f"row 5: column 'a' {message}") as raised:
         fill("{a}", {"a": value}, where="row 5")
-    assert raised.value.reason.startswith("column 'a' ")
+    assert raised.value.reason.startswith("column a ")
 
 
 # What a card says is done
@@ -237,10 +237,10 @@ def test_every_bad_row_is_looked_at_and_refused_in_one_error_by_reason(tmp_path:
     first, second = str(raised.value).split("\n")
     assert first == "card row 1: column 'a' is null."
     assert second.startswith(
-        "8 of 10 rows cannot be used: 2 column 'a' is null (1, 9); 1 the response is empty (2); 1 markers and media"
+        "8 of 10 rows cannot be used: 2 column a is null (1, 9); 1 the response is empty (2); 1 markers and media"
     )
-    assert "1 image missing (4)" in second and "1 image is null (6)" in second and "1 no column 'q' (7)" in second
-    assert "1 column 'a' holds a list (5)" in second and second.endswith(
+    assert "1 image missing (4)" in second and "1 image is null (6)" in second and "1 no column q (7)" in second
+    assert "1 column a holds a list (5)" in second and second.endswith(
         "`bad_rows: drop` in a copy of the card, or --bad_rows drop."
     )
 
@@ -250,7 +250,7 @@ def test_bad_rows_are_dropped_by_reason_where_the_card_says_so(tmp_path: Path) -
     examples, account = load(tmp_path, BAD, **OWN, images="i", bad_rows="drop")
     assert [e.id for e in examples] == ["0", "8"] and answers(examples) == ["a", "7"]
     assert account.read == 10 == len(examples) + sum(counts(account.dropped).values())
-    assert account.dropped["column 'a' is null"] == ["1", "9"]
+    assert account.dropped["column a is null"] == ["1", "9"]
 
 
 def test_nulls_and_nan_of_a_table_are_said_and_a_null_picture_is_none(tmp_path: Path) -> None:
@@ -263,7 +263,7 @@ def test_nulls_and_nan_of_a_table_are_said_and_a_null_picture_is_none(tmp_path: 
     )
     changes: dict[str, Any] = {**OWN, "source": {"files": ["t.parquet"]}, "images": "i"}
     found = list(outcomes(card(tmp_path, **changes), str(tmp_path)))
-    assert [o.error and o.error.reason for o in found] == [None, "column 'a' is null", "column 'a' is nan"]
+    assert [o.error and o.error.reason for o in found] == [None, "column a is null", "column a is null"]
     assert found[0].example is not None and found[0].example.images == []
 
 
@@ -321,6 +321,49 @@ def test_a_card_loads_its_real_data_into_proven_batches(name: str, shared: Path,
         assert len(pixels) == len(example.images)
     answered = answers(examples[:1])[0]
     assert (answered if isinstance(answered, str) else answered[0]["text"]).endswith(first)
+
+
+def test_one_composite_picture_for_numbered_markers_is_used_and_said(shared: Path) -> None:
+    found = {
+        "name": "mathvision",
+        "source": {"files": ["data/testmini.jsonl"]},
+        "image": "{image}",
+        "prompt": "{question}",
+        "response": "{answer}",
+    }
+    rows = [json.loads(line) for line in (shared / "mathvision/data/testmini.jsonl").read_text().splitlines()]
+    many = [row["id"] for row in rows if "<image2>" in row["question"]]
+    examples, account = load_recipe(found, str(shared / "mathvision"))
+    assert len(examples) == len(rows) and many
+    assert account.changed == {"numbered image markers kept as text, the one image first": many}
+    for example, row in zip(examples, rows, strict=True):
+        parts = example.messages[0]["content"]
+        assert [p["type"] for p in parts].count("image") == len(example.images) >= 1
+        if row["id"] in many:
+            assert parts == [{"type": "image"}, {"type": "text", "text": row["question"]}]
+
+
+@pytest.mark.parametrize(
+    ("folder", "answer", "rows"),
+    [
+        ("AI4Math--MathVista", "{answer}", 24),
+        ("MathLLMs--MathVision", "{answer}", 24),
+        ("DynaMath--DynaMath_Sample", "{ground_truth}", 16),
+    ],
+)
+def test_tables_of_the_hub_give_their_embedded_pictures(
+    folder: str, answer: str, rows: int, shared: Path, processor: Any
+) -> None:
+    found = {
+        "name": "hub",
+        "source": {"files": ["data/*.parquet"]},
+        "images": "decoded_image",
+        "prompt": "{question}",
+        "response": answer,
+    }
+    examples, account = load_recipe(found, str(shared / "hub_parquet" / folder))
+    assert len(examples) == account.read == rows and all(len(e.images) >= 1 for e in examples)
+    assert len(ChatCollator(processor)(examples[:2])["image_grid_thw"]) == sum(len(e.images) for e in examples[:2])
 
 
 def test_the_formats_of_hub_sets_are_read_as_their_cards_say(tmp_path: Path) -> None:

@@ -88,6 +88,7 @@ def test_what_a_card_says_of_tags_is_checked(tags: object, message: str) -> None
         ("So. The  answer is 5. \n", None),
         ("So the answer is 5.", "So the answer is 5.\nThe answer is 5."),
         ("So.\nThe answer is 15.", "So.\nThe answer is 15.\nThe answer is 5."),
+        ("Sum: 5 + 0\nThe answer is 5.", None),
         ("The answer is 5. Or not.", "The answer is 5. Or not.\nThe answer is 5."),
     ],
 )

@@ -61,7 +61,7 @@ def parts_of(path: Path) -> list[Path]:
 
 def joining(path: Path, parts: list[Path]) -> str:
     """What to do with the parts of an archive."""
-    if parts[0].suffix.startswith(".z"):
+    if re.fullmatch(r"\.z\d+", parts[0].suffix):
         return f"Join them: zip -s 0 {path.name} --out whole.zip, and name whole.zip."
     return f"Join them: cat {re.sub('[A-Za-z0-9]+$', '', parts[0].name)}* > {path.name}."
 
@@ -101,7 +101,7 @@ class _Archive:
     """An open archive and its members by name."""
 
     def __init__(self, path: Path) -> None:
-        self.zip = zipfile.ZipFile(_Shared(path))  # type: ignore[arg-type]  # what it asks of a file
+        self.zip = zipfile.ZipFile(_Shared(path))
         infos = [info for info in self.zip.infolist() if not info.is_dir()]
         self.outside = next((i.filename for i in infos if _leaves(i.filename)), None)
         self.members = {posixpath.normpath(info.filename): info for info in infos}

@@ -37,7 +37,7 @@ def column_of(row: Mapping[str, Any], column: str, *, where: str) -> Any:
     if column not in row:
         raise RowError(
             f"{where}: no column {column!r}.{nearest(column, row)} Columns found: {', '.join(map(str, row))}.",
-            f"no column {column!r}",
+            f"no column {column}",
         )
     return row[column]
 
@@ -46,18 +46,20 @@ def text_of(value: Any, column: str, where: str) -> str:
     """A value as text; a list of one is that one (ChartQA's label). Raises RowError for null, NaN, longer lists and objects."""
     if isinstance(value, (list, tuple)) and len(value) == 1:
         value = value[0]
-    if value is None:
-        raise RowError(f"{where}: column {column!r} is null.", f"column {column!r} is null")
+    if value is None or value != value:  # NaN, as tables write nothing
+        raise RowError(
+            f"{where}: column {column!r} is null{' (NaN)' * (value is not None)}.", f"column {column} is null"
+        )
     if is_nan(value):
         raise RowError(
             f"{where}: column {column!r} is {value}, not a number or a text. Mend the row, or leave it out.",
-            f"column {column!r} is {value}",
+            f"column {column} is {value}",
         )
     if isinstance(value, (list, tuple, Mapping, bytes, bytearray)):
         count = f" of {len(value)}" if isinstance(value, (list, tuple)) else ""
         raise RowError(
             f"{where}: column {column!r} holds a {type(value).__name__}{count}, {str(value)[:80]!r}. Expected a text or number.",
-            f"column {column!r} holds a {type(value).__name__}",
+            f"column {column} holds a {type(value).__name__}",
         )
     return str(value)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from vlm_dft.errors import RowError
-from vlm_dft.json_files import LINES, Place, is_lines, json_lines, json_whole
+from vlm_dft.json_files import CHUNK, LINES, Place, is_lines, json_lines, json_whole
 from vlm_dft.table_files import (
     NO_PICKLES,
     PICKLES,
@@ -103,7 +103,7 @@ def check_data(head: bytes, name: str) -> None:
     for mark, encoding in UNICODE:
         if re.match(mark, head, re.DOTALL):
             raise RowError(
-                f"{name}: expected UTF-8, found {encoding}. Convert the file: iconv -f {encoding} -t UTF-8 OLD > NEW.",
+                f"{name}: expected UTF-8 text, found {encoding}. Convert the file: iconv -f {encoding} -t UTF-8 OLD > NEW.",
                 "not UTF-8",
             )
 
@@ -128,7 +128,7 @@ def opened(path: Path, name: str) -> Iterator[IO[bytes]]:
     if path.is_dir():
         raise RowError(f"{name} is a folder. Expected a file; name those in it by a pattern: {name}/*.parquet.")
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", CHUNK) as file:
             packed = file.read(2) == GZIP
             file.seek(0)
             yield cast(IO[bytes], gzip.GzipFile(fileobj=file)) if packed else file

@@ -14,6 +14,7 @@ from vlm_dft.table_files import arrow_files, is_arrow_folder
 DATA = (".parquet", ".arrow", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".tar")
 NOT_ROWS = ("dataset_info.json", "dataset_infos.json", "state.json", "package.json", "config.json", "meta.json")
 SPLITS = ("train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation")
+SHARD = re.compile(r"-\d{5}-of-\d{5}")  # what follows the split in a file's name on the hub
 
 
 def local_files(root: Path, source: Mapping[str, Any], *, where: str) -> list[Path]:
@@ -41,8 +42,11 @@ def local_files(root: Path, source: Mapping[str, Any], *, where: str) -> list[Pa
     if config is not None and config != "default":
         within = [path for path in files if _named(path.relative_to(root), str(config))]
         files = within or files
-    named = [path for path in files if _named(path.relative_to(root), split)]
-    others = [name for name in SPLITS if any(_named(path.relative_to(root), name) for path in files)]
+    places = [path.relative_to(root) for path in files]
+    named = [path for path, place in zip(files, places, strict=True) if _named(place, split)]
+    others = any(_named(place, name) for place in places for name in SPLITS) or any(
+        SHARD.search(place.name) for place in places
+    )
     if not named and split == "train" and not others:
         return files
     if not named:

@@ -22,7 +22,7 @@ ENCODINGS = {
 }  # fmt: skip
 """What text that is not UTF-8 may be in: Python's names and iconv's."""
 _SPACE = re.compile(r"[ \t\n\r]*")
-_RAW = re.compile("[\udc80-\udcff]")  # bytes that are not UTF-8, as they are decoded here
+RAW = re.compile("[\udc80-\udcff]")  # bytes that are not UTF-8, as they are decoded here
 _EDGE = 16  # characters within which an error may be only the end of what has been read: \ud83d\ude00 is 12 long
 
 
@@ -44,7 +44,7 @@ def json_lines(file: IO[bytes], name: str) -> Iterator[Place]:
             continue
         where = f"{name}, line {number + 1}"
         try:
-            text = line.decode("utf-8-sig" if number == 0 else "utf-8")
+            text = line.decode("utf-8-sig" if number == 0 else "utf-8").rstrip("\r\n")
             yield number, _row(decoder.checked(decoder.decode(text), where), f"{name}, row {number}")
         except UnicodeDecodeError as error:
             yield number, not_utf8(line, error.start, where)
@@ -85,7 +85,9 @@ def json_whole(file: IO[bytes], name: str) -> Iterator[Place]:
 
 def not_utf8(raw: bytes, at: int, where: str) -> RowError:
     """The error of bytes that are not UTF-8, with the encoding they probably are in."""
-    return RowError(f"{where}: expected UTF-8, found the byte 0x{raw[at]:02X} at {at}; {probably(raw)}", "not UTF-8")
+    return RowError(
+        f"{where}: expected UTF-8 text, found the byte 0x{raw[at]:02X} at {at}; {probably(raw)}", "not UTF-8"
+    )
 
 
 def probably(raw: bytes) -> str:
@@ -174,7 +176,7 @@ class _Window:
         if self.decoder.odd:
             line, column = self.position(begin)
             return self.decoder.checked(found, f"{self.name}, line {line}, column {column}")
-        if self.raw and (odd := _RAW.search(self.text, begin, end)):
+        if self.raw and (odd := RAW.search(self.text, begin, end)):
             line, column = self.position(odd.start())
             raw = self.text[begin:end].encode(errors="surrogateescape")
             at = len(self.text[begin : odd.start()].encode(errors="surrogateescape"))
@@ -233,10 +235,8 @@ class _Window:
             return RowError(
                 f"{self.name}: neither JSON (line {line}, column {column}: {what}) nor JSON lines.", "not valid JSON"
             )
-        return RowError(
-            f"{self.name}, line {line}, column {column}: not valid JSON after {self.rows} rows: {what}.",
-            "not valid JSON",
-        )
+        where = f"{self.name}, line {line}, column {column} (row {self.rows})"
+        return RowError(f"{where}: not valid JSON: {what}.", "not valid JSON")
 
 
 def _line(file: IO[bytes]) -> bytes:

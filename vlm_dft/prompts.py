@@ -59,7 +59,7 @@ def _column(card: Mapping[str, Any], key: str, row: Mapping[str, Any], *, where:
     if column not in row:
         raise RowError(
             f"{where}: no column {column!r} ({key}).{nearest(column, row)} Columns found: {', '.join(map(str, row))}.",
-            f"no column {column!r}",
+            f"no column {column}",
         )
     return None if is_nan(row[column]) else row[column]
 

@@ -23,6 +23,7 @@ def made_of(card: Mapping[str, Any], row: Mapping[str, Any], root: Path | None) 
     where = where_of(card, row)
     folder = root / card["image_root"] if root is not None and card.get("image_root") else root
     tools: list[Any] = []
+    own = None
     if "prompt" in card:
         option = right_option(card, row, where=where)
         messages: list[Any] = [
@@ -30,7 +31,9 @@ def made_of(card: Mapping[str, Any], row: Mapping[str, Any], root: Path | None) 
             {"role": "assistant", "content": fill(card["response"], {**row, **option}, where=where).strip()},
         ]
     else:
-        messages = messages_of(row, format_of(card, row, where=where), where=where)
+        form = format_of(card, row, where=where)
+        messages = messages_of(row, form, where=where)
+        own = row.get("source") if form.column else None  # a mixture of conversations tells its sources apart itself
         tools, option = tools_of(row.get("tools"), where), {}
     images = [fill(card["image"], row, where=where)] if "image" in card else media_of(card, row, "image")
     videos = media_of(card, row, "video")
@@ -58,7 +61,6 @@ def made_of(card: Mapping[str, Any], row: Mapping[str, Any], root: Path | None) 
         raise
     messages, finished = _finish_answers(card, row, option, made.messages, where)
     changed += finished
-    own = None if "prompt" in card else row.get("source")  # a mixture in one file tells its sources apart itself
     example = replace(
         made, messages=messages, id=str(row["id"]), source=own if isinstance(own, str) and own.strip() else str(card["name"]),
         images=locate(made.images, folder, where=where, remote=True),

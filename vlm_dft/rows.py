@@ -74,8 +74,8 @@ def read_rows(
         raise CardError(f"{where}: prepared rows are examples already; they are opened as such.")
     files = files_of(source, root, where=where)
     if "hub" in source and not files:
-        for k, row in enumerate(hub_rows(source, where=where, start=start), start):
-            yield {**row, "id": _id(row, k)}
+        for k, found in enumerate(hub_rows(source, where=where, start=start), start):
+            yield {**found, "id": _id(found, k)}
         return
     place = numbers = 0  # of the next file's first row
     for path, name in files:

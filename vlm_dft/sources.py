@@ -33,8 +33,8 @@ class MediaAccess:
     """Relative paths are taken from here, and every path must lie inside, symlinks resolved. None: no confinement."""
     hosts: frozenset[str] = frozenset()
     """Hosts that http(s) URLs may be fetched from: "host" for the usual port, "host:port" for another. None by default."""
-    max_image_pixels: int = 178_956_970
-    """Width x height that a header may announce; checked before anything is decoded. Pillow's own limit also holds."""
+    max_image_pixels: int = 89_478_485
+    """Width x height that a header may announce, checked before anything is decoded; Pillow warns from this size on."""
     max_bytes: int = 64 * 2**20
     """Of one download."""
     timeout: float = 20.0

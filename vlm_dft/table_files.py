@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import csv
+import gzip
+import io
 import json
 import posixpath
 import sys
 import tarfile
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from vlm_dft.errors import RowError
-from vlm_dft.json_files import Place, not_utf8
+from vlm_dft.json_files import RAW, Place, not_utf8
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -25,67 +28,63 @@ NO_PICKLES = "It could run code when it is loaded, so it is not. Ask for the dat
 
 def csv_rows(file: IO[bytes], name: str, delimiter: str) -> Iterator[Place]:
     """The rows of a CSV (RFC 4180) or TSV file: its first line names the columns, every value is a string."""
-    csv.field_size_limit(sys.maxsize)  # pictures as base64; the limit is the process's
-    odd: list[tuple[bytes, int]] = []  # lines of the row that are not UTF-8
-    reader = csv.reader(_lines(file, odd), delimiter=delimiter, strict=True)
-    try:
-        columns = next(reader, [])
-    except csv.Error as error:
-        raise RowError(f"{name}, line 1: not a line of column names ({error}).", "not valid CSV") from error
-    if odd:
-        raise not_utf8(*odd[0], f"{name}, line 1")
-    repeated = sorted({column for column in columns if columns.count(column) > 1})
-    if repeated:
-        raise RowError(f"{name}: column {repeated[0]!r} is there twice. Give each its own name.", "columns repeated")
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="\n")
+    records = _records(text, delimiter)
+    _, columns = next(records)
+    if isinstance(columns, str):
+        raise RowError(f"{name}, line 1: {columns}.", "not valid CSV")
+    if odd := _not_utf8(columns, f"{name}, line 1"):
+        raise odd
+    _unique(columns, name)
     if len(columns) == 1 and any(mark in columns[0] for mark in ";\t,"):
         raise RowError(
             f"{name}: one column found, {columns[0][:80]!r}. Expected values apart by {delimiter!r}: convert the file, or say "
             "`kind: csv` (commas) or `kind: tsv` (tabs) in the card's source.",
             "not valid CSV",
         )
-    number, line = 0, reader.line_num + 1
-    while True:
+    for number, (line, values) in enumerate(records):
         where = f"{name}, row {number} (line {line})"
-        odd.clear()
-        row: list[str] | RowError
-        try:
-            row = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            open_quote = "unexpected end" in str(error)
-            what = (
-                "a quote that is opened and never closed: the rest of the file is in it" if open_quote else str(error)
-            )
-            row = RowError(f"{where}: {what}. Quote values as RFC 4180 says, quotes in them twice.", "not valid CSV")
-        line = reader.line_num + 1
-        if isinstance(row, RowError):
-            yield number, row
-        elif not row:
-            continue
-        elif odd:
-            yield number, not_utf8(*odd[0], where)
-        elif len(row) != len(columns):
-            yield (
-                number,
-                RowError(
-                    f"{where}: expected {len(columns)} values, as there are columns, found {len(row)}. Quote values that hold "
-                    f"{delimiter!r} or a newline.",
-                    "wrong number of values",
-                ),
-            )
+        if isinstance(values, str):
+            yield number, RowError(f"{where}: {values}.", "not valid CSV")
+        elif odd := _not_utf8(values, where):
+            yield number, odd
+        elif len(values) != len(columns):
+            what = f"expected {len(columns)} values, as there are columns, found {len(values)}. Quote values that hold "
+            yield number, RowError(f"{where}: {what}{delimiter!r} or a newline.", "wrong number of values")
         else:
-            yield number, dict(zip(columns, row, strict=True))
-        number += 1
+            yield number, dict(zip(columns, values, strict=True))
 
 
-def _lines(file: IO[bytes], odd: list[tuple[bytes, int]]) -> Iterator[str]:
-    for number, line in enumerate(file):
+def _records(lines: IO[str], delimiter: str) -> Iterator[tuple[int, list[str] | str]]:
+    """(the number of its first line, its values or what is wrong with it) of every record that is not empty."""
+    csv.field_size_limit(sys.maxsize)  # pictures as base64; the limit is the process's
+    number = 1
+    for line in lines:
+        begin = number
+        if '"' not in line:  # several times as fast
+            number += 1
+            if text := line.rstrip("\r\n"):
+                yield begin, text.split(delimiter)
+            continue
+        reader = csv.reader(chain([line], lines), delimiter=delimiter, strict=True)
+        found: list[str] | str
         try:
-            yield line.decode("utf-8-sig" if number == 0 else "utf-8")
-        except UnicodeDecodeError as error:
-            odd.append((line, error.start))
-            yield line.decode(errors="replace")
+            found = next(reader)
+        except csv.Error as error:
+            never = "unexpected end" in str(error)
+            what = "a quote is opened and never closed: the rest of the file is in it" if never else str(error)
+            found = f"{what}. Quote values as RFC 4180 says, quotes in them twice"
+        number += reader.line_num
+        yield begin, found
+
+
+def _not_utf8(values: list[str], where: str) -> RowError | None:
+    """The error of a record that holds bytes which are not UTF-8."""
+    for value in values:
+        if not value.isascii() and (odd := RAW.search(value)):
+            raw, before = (text.encode(errors="surrogateescape") for text in (value, value[: odd.start()]))
+            return not_utf8(raw, len(before), where)
+    return None
 
 
 def parquet_count(path: Path, name: str) -> int:
@@ -218,7 +217,7 @@ def tar_rows(file: IO[bytes], name: str) -> Iterator[Place]:
     try:
         with tarfile.open(fileobj=file, mode="r|*") as tar:
             for member in tar:
-                tar.members = []  # it would keep every one
+                tar.members = []  # type: ignore[attr-defined]  # it would keep every one
                 folder, base = posixpath.split(member.name)
                 stem, dot, ending = base.partition(".")
                 if member.isdir() or not stem or not dot:
@@ -230,6 +229,10 @@ def tar_rows(file: IO[bytes], name: str) -> Iterator[Place]:
                     key, row = (folder, stem), {"__key__": posixpath.join(folder, stem)}
                 if not isinstance(row, RowError):
                     row = _with_member(row, tar, member, ending.lower(), f"{name}, {member.name}")
+        if not isinstance(file, gzip.GzipFile):  # which itself knows its end
+            file.seek(-tarfile.BLOCKSIZE, 2)
+            if file.read().strip(b"\0"):
+                raise tarfile.ReadError("it does not end as a tar does")
     except tarfile.TarError as error:
         raise RowError(f"{name}: not a whole tar archive ({_brief(error)}). Download it again.", "damaged") from error
     if key is not None:
