@@ -13,6 +13,7 @@ from vlm_dft.errors import CardError, RowError
 from vlm_dft.media import image_size
 from vlm_dft.recipes import load_recipe, read_recipe
 from vlm_dft.rows import read_rows
+from vlm_dft.scoring import score_response
 
 
 def write_card(folder: Path, **changes: Any) -> str:
@@ -119,17 +120,21 @@ def test_a_missing_data_folder_or_file_is_said_before_reading(tmp_path: Path) ->
         load_recipe(read_recipe("tabmwp"), str(tmp_path))
 
 
-def test_tabmwp_rows_end_in_the_answer_and_keep_unit_and_choices(shared: Path) -> None:
+def test_tabmwp_rows_end_in_the_answer_as_its_benchmark_extracts_it(shared: Path) -> None:
     examples, account = load_recipe(read_recipe("tabmwp"), str(shared / "tabmwp"))
-    assert account.read == 850
+    assert account.read == len(examples) == 850
+    assert {effect: len(ids) for effect, ids in account.changed.items()} == {"ending appended": 850}
     raw = {r["id"]: r for r in read_rows({"files": "data/tabmwp/problems_train.json"}, shared / "tabmwp", where="t")}
     for example in examples:
-        row = raw[example.id]
-        question = example.messages[0]["content"][-1]["text"]
-        assert example.messages[1]["content"].endswith(f"The answer is {row['answer']}.")
+        row, response = raw[example.id], example.messages[1]["content"]
+        question, choices = example.messages[0]["content"][-1]["text"], row["choices"] or []
+        letter = f"({'ABCDEF'[choices.index(row['answer'])]}) " if choices else ""
+        assert response.endswith(f"\nThe answer is {letter}{row['answer']}.") and row["solution"].strip() in response
         assert row["question"] in question
-        assert all(choice in question for choice in row["choices"] or [])
+        assert all(choice in question for choice in choices)
         assert (row["unit"] or "") in question
+        gold = {"choices": row["choices"], "unit": row["unit"], "gold_answer": row["answer"]}
+        assert score_response(response, gold, benchmark="tabmwp").correct, response
 
 
 def test_sharegpt_conversations_keep_their_turns_and_repeated_images(shared: Path) -> None:

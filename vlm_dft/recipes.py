@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from vlm_dft.cards import read_card
-from vlm_dft.chat import MARKERS, Example, as_example, count_markers, unroll
+from vlm_dft.archives import image_folder
+from vlm_dft.cards import nearest, read_card
+from vlm_dft.chat import Example, unroll
 from vlm_dft.errors import CardError, RowError
-from vlm_dft.prompts import prompt_text
-from vlm_dft.rows import Row, fill, locate, locate_images, read_rows, source_root
+from vlm_dft.recipe_cards import OPTIONAL, REQUIRED, check_recipe
+from vlm_dft.row_examples import filtered, made_of, where_of
+from vlm_dft.row_formats import Detected, agree, detect, format_of
+from vlm_dft.rows import Row, read_rows, source_root
 
-REQUIRED = ("description", "licence", "source")
-OPTIONAL = (
-    "paper", "rows", "image", "images", "image_root", "prompt", "response", "system", "unit", "options", "messages",
-    "videos", "unroll", "training", "benchmark", "notes",
-)  # fmt: skip
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "bot": "assistant", "assistant": "assistant",
-         "system": "system", "tool": "tool", "observation": "tool"}  # fmt: skip
-MESSAGE_COLUMNS = ("messages", "conversations", "conversation")
 MAX_SOURCES = 50  # that are logged, gauged and watched one by one
-IMAGE_COLUMNS, VIDEO_COLUMNS = ("images", "image"), ("videos", "video")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +50,10 @@ class Accounting:
     def drop(self, reason: str, row_id: str) -> None:
         """Count a row that is not trained on."""
         self.dropped.setdefault(reason, []).append(row_id)
+
+    def change(self, effect: str, row_id: str) -> None:
+        """Count a row that is trained on otherwise than it was read."""
+        self.changed.setdefault(effect, []).append(row_id)
 
     def as_dict(self) -> dict[str, Any]:
         """As written to accounting.json; read = used + dropped always holds."""
@@ -93,17 +90,10 @@ def read_recipe(name: str) -> dict[str, Any]:
             "description": f"Conversations in {path.name}",
             "licence": "not stated",
             "source": {"files": [str(path.resolve())]},  # the images alone are relative to --data
-            "messages": None,
-            "images": None,
             "data": str(path.parent),
         }
     card = read_card("recipe", name, required=REQUIRED, optional=OPTIONAL)
-    if ("messages" in card) == ("prompt" in card and "response" in card):
-        raise CardError(f"Recipe {name!r}: give either messages, or prompt and response.")
-    if not isinstance(card.get("unroll", False), bool):
-        raise CardError(f"Recipe {name!r}: unroll must be true or false, found {card['unroll']!r}.")
-    if not isinstance(card["source"], Mapping):
-        raise CardError(f"Recipe {name!r}: source must be a mapping, found {card['source']!r}.")
+    check_recipe(card, where=f"Recipe {name!r}")
     return card
 
 
@@ -113,6 +103,8 @@ def recipe_root(card: Mapping[str, Any], data: str | None) -> Path | None:
     root = source_root(card["source"], data or card.get("data"), where=where)
     if root is None and card.get("image_root"):
         raise CardError(f"{where} takes its images from local files. Say where they are: --data DIR (or DATA=DIR).")
+    if root is not None and card.get("image_root"):
+        image_folder(root, card["image_root"], where=where)
     return root
 
 
@@ -128,49 +120,147 @@ def outcomes(
 def places(
     card: Mapping[str, Any], root: Path | None, *, start: int = 0, limit: int | None = None
 ) -> Iterator[Row | Outcome]:
-    """Every place of a recipe's files in order: its raw row, or the Outcome of one that cannot be read."""
+    """Every place of a recipe's files in order: its raw row, or the Outcome of one that cannot be read or is in another format.
+
+    Raises CardError where the rows lack a column that the card relies on.
+    """
+    first = None
+    if start:  # the first row says the format, wherever reading goes on
+        first = next((found for row in _read(card, root, 0) if (found := _look_at(card, row))), None)
+    needed = {*(card.get("keep") or {}), *(card[key] for key in ("images", "videos") if card.get(key))}
+    unseen = needed if not start and limit is None else set()  # some rows may lack them, not all
+    left = math.inf if limit is None else limit
+    for k, place in enumerate(_read(card, root, start)):
+        if k >= left:
+            return
+        if not isinstance(place, Outcome):
+            unseen -= set(place)
+            if first is None:
+                first = _look_at(card, place)
+            elif (error := _disagrees(card, first, place)) is not None:
+                place = Outcome(str(place["id"]), error=error)
+        yield place
+    if unseen and first is not None:
+        name = sorted(unseen)[0]
+        raise CardError(
+            f"Recipe {card['name']!r} names a column {name!r}, which no row has.{nearest(name, first.row)} Columns of the first row: "
+            f"{', '.join(map(str, first.row))}."
+        )
+
+
+def _read(card: Mapping[str, Any], root: Path | None, start: int) -> Iterator[Row | Outcome]:
+    """The rows from place `start` on; an Outcome for each that cannot be read."""
     wrong: list[Outcome] = []
     rows = read_rows(
         card["source"], root, where=f"Recipe {card['name']!r}", start=start,
         broken=lambda row_id, error: wrong.append(Outcome(row_id, error=error)),
     )  # fmt: skip
-    left = math.inf if limit is None else limit
     ended = False
-    while left > 0 and not ended:
+    while not ended:
         row = next(rows, None)
         ended = row is None
-        for place in [*wrong, *([] if row is None else [row])][: None if left == math.inf else int(left)]:
-            yield place
-            left -= 1
+        yield from wrong
         wrong.clear()
+        if row is not None:
+            yield row
+
+
+@dataclass(frozen=True, slots=True)
+class _First:
+    """What the first row of a recipe says of the others."""
+
+    row: Row
+    format: Detected | None  # None: the card's own prompt and response
+
+
+def _look_at(card: Mapping[str, Any], row: Row | Outcome) -> _First | None:
+    """The first row, if it can be told what it is. Raises CardError where it lacks a column that the card names as unverified."""
+    if isinstance(row, Outcome):
+        return None
+    for column in card.get("columns") or []:
+        if column not in row:
+            raise CardError(
+                f"Recipe {card['name']!r} relies on a column {column!r}, which nobody could verify, and row {row['id']} has none."
+                f"{nearest(column, row)} Columns found: {', '.join(map(str, row))}. Copy the card and name the right one."
+            )
+    try:
+        return _First(row, None if "prompt" in card else format_of(card, row, where=where_of(card, row)))
+    except RowError:
+        return None  # said of this row; the next one may tell
+
+
+def _disagrees(card: Mapping[str, Any], first: _First, row: Row) -> RowError | None:
+    if first.format is None or "format" in card:
+        return None
+    try:
+        found = detect(row, where=where_of(card, row), column=card.get("messages"))
+    except RowError:
+        return None  # example_of says so
+    if agree(first.format, found):
+        return None
+    return RowError(
+        f"{where_of(card, row)}: its format is {found.name} ({found.why}), but that of row {first.row['id']}, the first, is "
+        f"{first.format.name} ({first.format.why}). Expected one format in a source: divide it, or force one by `format:` in a card.",
+        "of another format than the first row",
+    )
+
+
+def said_format(card: Mapping[str, Any], data: str | None) -> str:
+    """How a recipe's rows are read, and why, by its first row: "conversations: column 'conversations' holds turns of ..."."""
+    if "prompt" in card:
+        return "the card's own: its prompt and response"
+    root = recipe_root(card, data)
+    for row in _read(card, root, 0):
+        if (first := _look_at(card, row)) and first.format:
+            return f"{first.format.name}: {first.format.why}"
+    return "unknown: no row says it"
 
 
 def outcomes_of(card: Mapping[str, Any], row: Row, root: Path | None) -> list[Outcome]:
     """What becomes of a raw row: one outcome, or one for each answer where the card unrolls. Raises nothing of the row's."""
     try:
-        found = example_of(card, row, root)
+        if why := filtered(card, row):
+            return [Outcome(str(row["id"]), dropped=why)]
+        found, changed = made_of(card, row, root)
         made = (card.get("unroll") and unroll(found)) or [found]  # one without an answer is refused when it is measured
     except RowError as error:
         return [Outcome(str(row["id"]), error=error)]
-    return [Outcome(example.id, example) for example in made]
+    return [Outcome(example.id, example, changed=changed) for example in made]
 
 
 def load_recipe(
     card: Mapping[str, Any], data: str | None, *, limit: int | None = None
 ) -> tuple[list[Example], Accounting]:
-    """Read a recipe's rows into Examples in file order. Raises RowError naming the first row that cannot be one."""
+    """Read a recipe's rows into Examples in file order, every row accounted for.
+
+    Raises RowError for rows that cannot be used, once all were looked at, unless the card says `bad_rows: drop`.
+    """
     root = recipe_root(card, data)
     account = Accounting(str(card["name"]))
     examples: list[Example] = []
-    for k, row in enumerate(read_rows(card["source"], root, where=f"Recipe {card['name']!r}")):
-        if limit is not None and k >= limit:
-            break
-        found = example_of(card, row, root)
-        made = (card.get("unroll") and unroll(found)) or [found]  # one without an answer is refused when it is measured
-        account.read += len(made)
-        examples += made
-    if not examples:
+    first: RowError | None = None
+    bad: dict[str, list[str]] = {}
+    for place in places(card, root, limit=limit):
+        for outcome in [place] if isinstance(place, Outcome) else outcomes_of(card, place, root):
+            account.read += 1
+            for effect in outcome.changed:
+                account.change(effect, outcome.id)
+            if outcome.example is not None:
+                examples.append(outcome.example)
+            elif outcome.error is None:
+                account.drop(outcome.dropped, outcome.id)
+            elif card.get("bad_rows", "refuse") == "drop":
+                account.drop(outcome.error.reason, outcome.id)
+            else:
+                first = first or outcome.error
+                bad.setdefault(outcome.error.reason, []).append(outcome.id)
+    if first is not None:
+        raise _refusal(first, bad, account.read)
+    if not account.read:
         raise RowError(f"Recipe {card['name']!r} has no rows.")
+    if not examples:
+        why = "; ".join(f"{len(ids):,} {reason}" for reason, ids in account.dropped.items())
+        raise RowError(f"Recipe {card['name']!r}: none of its {account.read:,} rows is used: {why}.")
     sources = {example.source for example in examples}
     if len(sources) > MAX_SOURCES:  # a column of that name that holds something else, an address say
         examples = [replace(example, source=str(card["name"])) for example in examples]
@@ -180,74 +270,19 @@ def load_recipe(
     return examples, account
 
 
+def _refusal(first: RowError, bad: Mapping[str, list[str]], read: int) -> RowError:
+    """One error for all rows that cannot be used: the first one's, then counts by reason with some ids, and what to do."""
+    count = sum(map(len, bad.values()))
+    said = "; ".join(
+        f"{len(ids):,} {reason} ({', '.join(ids[:5])}{', ...' if len(ids) > 5 else ''})" for reason, ids in bad.items()
+    )
+    return RowError(
+        f"{first}\n{count:,} of {read:,} rows cannot be used: {said}. Mend them, or leave them out: `bad_rows: drop` in a copy of "
+        "the card, or --bad_rows drop.",
+        first.reason,
+    )
+
+
 def example_of(card: Mapping[str, Any], row: Mapping[str, Any], root: Path | None) -> Example:
-    """The Example of a raw row, its media located. Raises RowError naming the row."""
-    where = f"{card['name']} row {row['id']}"
-    folder = root / card["image_root"] if root is not None and card.get("image_root") else root
-    if "messages" in card:
-        fields = _conversation(card, row, where)
-    else:
-        answer = fill(card["response"], row, where=where).strip()
-        if not answer:
-            raise RowError(f"{where}: the response is empty.")
-        asked = {"role": "user", "content": prompt_text(card, row, where=where)}
-        messages = [asked, {"role": "assistant", "content": answer}]
-        fields = {"messages": messages, "images": locate_images(card, row, folder, where=where, remote=True)}
-    if card.get("system"):
-        fields["messages"] = [{"role": "system", "content": card["system"]}, *fields["messages"]]
-    found = as_example({**fields, "id": where}, where=where)
-    own = row.get("source") if "messages" in card else None  # a mixture in one file tells its sources apart itself
-    return replace(
-        found, id=str(row["id"]), source=own if isinstance(own, str) and own.strip() else str(card["name"]),
-        images=locate(found.images, folder, where=where, remote=True),
-        videos=locate(found.videos, folder, where=where, kind="video"),
-    )  # fmt: skip
-
-
-def _conversation(card: Mapping[str, Any], row: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Messages, images, videos and tools of a row of role/content or from/value turns, for as_example to check."""
-    column = card["messages"] or next((c for c in MESSAGE_COLUMNS if c in row), None)
-    if column is None or not isinstance(row.get(column), Sequence):
-        raise RowError(
-            f"{where}: no conversation. Expected one of the columns {', '.join(MESSAGE_COLUMNS)}, found {', '.join(row)}."
-        )
-    messages = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-    messages += [_turn(turn, f"{where}, turn {k}") for k, turn in enumerate(row[column])]
-    fields: dict[str, Any] = {"messages": messages, "tools": _tools(row.get("tools"), where)}
-    for kind, columns in (("image", IMAGE_COLUMNS), ("video", VIDEO_COLUMNS)):
-        own = card.get(f"{kind}s") or next((c for c in columns if row.get(c)), None)
-        named = row.get(own) if own else None
-        fields[f"{kind}s"] = list(named) if isinstance(named, (list, tuple)) else [named] if named else []
-        inline = any(part.get("type") in (kind, f"{kind}_url") for m in messages if isinstance(m["content"], list)
-                     for part in m["content"] if isinstance(part, Mapping))  # fmt: skip
-        if not fields[f"{kind}s"] and not inline and count_markers(messages, kind):
-            raise RowError(
-                f"{where}: {count_markers(messages, kind)} {MARKERS[kind]} markers but no {kind}s. Expected them in the column "
-                f"{own or ' or '.join(columns)!r}; the row has {', '.join(row)}."
-            )
-    return fields
-
-
-def _turn(turn: Any, where: str) -> dict[str, Any]:
-    """One turn in our form: from / value become role and content; the other keys are for as_example to check."""
-    role = turn.get("role", turn.get("from")) if isinstance(turn, Mapping) else None
-    if not isinstance(role, str) or role not in ROLES:
-        raise RowError(f"{where}: unknown role {role!r}. Known: {', '.join(ROLES)}.")
-    content = turn.get("content", turn.get("value"))
-    if content is None and not turn.get("tool_calls"):
-        raise RowError(f"{where}: content must be a string or a list of parts with a type, found None.")
-    kept = {key: value for key, value in turn.items() if key not in ("from", "value", "id")}
-    return {**kept, "role": ROLES[role], "content": "" if content is None else content}
-
-
-def _tools(tools: Any, where: str) -> list[Any]:
-    """Tool schemas, as a list or as its JSON text."""
-    try:
-        found = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools or []
-    except json.JSONDecodeError as error:
-        raise RowError(
-            f"{where}: tools must be a list of schemas or its JSON, found {tools[:80]!r} ({error})."
-        ) from error
-    if not isinstance(found, (list, tuple)):
-        raise RowError(f"{where}: tools must be a list of schemas, found {type(found).__name__}.")
-    return list(found)
+    """The Example of a raw row, its media located; filters are not asked. Raises RowError naming the row."""
+    return made_of(card, row, root)[0]
