@@ -80,11 +80,10 @@ def _records(lines: IO[str], delimiter: str) -> Iterator[tuple[int, list[str] | 
 
 def _not_utf8(values: list[str], where: str) -> RowError | None:
     """The error of a record that holds bytes which are not UTF-8."""
-    for value in values:
-        if not value.isascii() and (odd := RAW.search(value)):
-            raw, before = (text.encode(errors="surrogateescape") for text in (value, value[: odd.start()]))
-            return not_utf8(raw, len(before), where)
-    return None
+    if all(value.isascii() for value in values) or not (odd := RAW.search(text := " ".join(values))):
+        return None
+    raw, before = (part.encode(errors="surrogateescape") for part in (text, text[: odd.start()]))
+    return not_utf8(raw, len(before), where)
 
 
 def parquet_count(path: Path, name: str) -> int:
