@@ -12,7 +12,7 @@ import tarfile
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from vlm_dft.errors import RowError
 from vlm_dft.json_files import RAW, Place, not_utf8
@@ -228,7 +228,7 @@ def tar_rows(file: IO[bytes], name: str) -> Iterator[Place]:
                     key, row = (folder, stem), {"__key__": posixpath.join(folder, stem)}
                 if not isinstance(row, RowError):
                     row = _with_member(row, tar, member, ending.lower(), f"{name}, {member.name}")
-        if not isinstance(file, gzip.GzipFile):  # which itself knows its end
+        if not isinstance(cast(Any, file), gzip.GzipFile):  # which itself knows its end
             file.seek(-tarfile.BLOCKSIZE, 2)
             if file.read().strip(b"\0"):
                 raise tarfile.ReadError("it does not end as a tar does")
