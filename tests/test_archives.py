@@ -144,6 +144,14 @@ def test_no_name_leaves_an_archive(name: str, tmp_path: Path) -> None:
         locate([name], archive, where="row 7")
 
 
+def test_a_link_to_an_archive_outside_is_not_followed(tmp_path: Path) -> None:
+    packed(tmp_path / "secret.zip", "1.png")
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "images.zip").symlink_to(tmp_path / "secret.zip")
+    with pytest.raises(RowError, match="images.zip leaves the data folder"):
+        locate(["images/1.png"], tmp_path / "root", where="row 7")
+
+
 # Archives that are wrong
 
 

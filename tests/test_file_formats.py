@@ -131,6 +131,8 @@ def test_json_lines_with_one_line_are_told_by_their_name(tmp_path: Path) -> None
 def test_tables_keep_quotes_newlines_and_separators_inside_values(suffix: str, delimiter: str, tmp_path: Path) -> None:
     assert [row for _, row in read(written(tmp_path, table(delimiter), f"a.{suffix}"))] == TEXT
     assert [row for _, row in read(written(tmp_path, table(delimiter)), suffix)] == TEXT
+    assert [row for _, row in read(written(tmp_path, table(delimiter), "other.csv"))] == TEXT  # told by its first line
+    assert [row for _, row in read(written(tmp_path, table(delimiter), "other.tsv"))] == TEXT
     assert [row for _, row in read(written(tmp_path, gzip.compress(table(delimiter)), f"a.{suffix}.gz"))] == TEXT
 
 

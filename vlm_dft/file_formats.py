@@ -74,14 +74,17 @@ def kind_of(path: Path, name: str, said: str | None = None) -> str:
         if text[:1] in (b"[", b"{"):
             file.seek(0)
             return "jsonl" if is_lines(file, suffix) else "json"
-    if suffix in (".csv", ".tsv", ".json", *LINES):
+    if suffix in (".csv", ".tsv"):
+        first = text.split(b"\n")[0]
         return (
-            "csv"
-            if suffix == ".csv" and b"\t" not in text.split(b"\n")[0]
-            else "jsonl"
-            if suffix in LINES
+            "tsv"
+            if b"\t" in first and b"," not in first
+            else "csv"
+            if b"," in first and b"\t" not in first
             else suffix[1:]
         )
+    if suffix in (".json", *LINES):
+        return "json" if suffix == ".json" else "jsonl"
     if suffix in (".parquet", ".arrow", ".tar", ".tgz"):
         raise RowError(f"{name}: not a {suffix[1:]} file; it begins {head[:12]!r}. Download it again.", "damaged")
     raise RowError(

@@ -229,6 +229,10 @@ def _local(source: Any, root: Path | None, *, where: str, remote: bool, kind: st
     if _is_file(path):
         return path
     archive, member = _in_archive(folder, str(path.relative_to(folder)))
+    if archive is not None and not archive.resolve().is_relative_to(folder):
+        raise RowError(
+            f"{where}: {archive.name} leaves the data folder {str(root)!r}.", f"{kind} outside the data folder"
+        )
     found = find_member(archive, member, where=where) if archive is not None else None
     if found is not None:
         return found

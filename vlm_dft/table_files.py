@@ -12,7 +12,7 @@ import tarfile
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from vlm_dft.errors import RowError
 from vlm_dft.json_files import RAW, Place, not_utf8
@@ -80,11 +80,10 @@ def _records(lines: IO[str], delimiter: str) -> Iterator[tuple[int, list[str] | 
 
 def _not_utf8(values: list[str], where: str) -> RowError | None:
     """The error of a record that holds bytes which are not UTF-8."""
-    for value in values:
-        if not value.isascii() and (odd := RAW.search(value)):
-            raw, before = (text.encode(errors="surrogateescape") for text in (value, value[: odd.start()]))
-            return not_utf8(raw, len(before), where)
-    return None
+    if all(value.isascii() for value in values) or not (odd := RAW.search(text := " ".join(values))):
+        return None
+    raw, before = (part.encode(errors="surrogateescape") for part in (text, text[: odd.start()]))
+    return not_utf8(raw, len(before), where)
 
 
 def parquet_count(path: Path, name: str) -> int:
@@ -229,7 +228,7 @@ def tar_rows(file: IO[bytes], name: str) -> Iterator[Place]:
                     key, row = (folder, stem), {"__key__": posixpath.join(folder, stem)}
                 if not isinstance(row, RowError):
                     row = _with_member(row, tar, member, ending.lower(), f"{name}, {member.name}")
-        if not isinstance(file, gzip.GzipFile):  # which itself knows its end
+        if not isinstance(cast(Any, file), gzip.GzipFile):  # which itself knows its end
             file.seek(-tarfile.BLOCKSIZE, 2)
             if file.read().strip(b"\0"):
                 raise tarfile.ReadError("it does not end as a tar does")
