@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vlm_dft.cards import read_card
+from vlm_dft.accounting import Accounting
+from vlm_dft.cards import find_card, read_card
 from vlm_dft.chat import MARKERS, Example, as_example, count_markers, unroll
 from vlm_dft.errors import CardError, RowError
+from vlm_dft.mixture_cards import check_row_rules, is_mixture_file, read_mixture, sources_in
 from vlm_dft.prompts import prompt_text
 from vlm_dft.rows import Row, fill, locate, locate_images, read_rows, source_root
 
 REQUIRED = ("description", "licence", "source")
 OPTIONAL = (
     "paper", "rows", "image", "images", "image_root", "prompt", "response", "system", "unit", "options", "messages",
-    "videos", "unroll", "training", "benchmark", "notes",
+    "videos", "unroll", "bad_rows", "duplicates", "training", "benchmark", "notes",
 )  # fmt: skip
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "bot": "assistant", "assistant": "assistant",
          "system": "system", "tool": "tool", "observation": "tool"}  # fmt: skip
@@ -39,51 +40,16 @@ class Outcome:
     changed: tuple[str, ...] = ()  # what was done to it: "answer appended"
 
 
-@dataclass(slots=True)
-class Accounting:
-    """What became of every row: nothing is lost in silence."""
-
-    source: str
-    read: int = 0
-    used: int = 0
-    dropped: dict[str, list[str]] = field(default_factory=dict)  # reason -> ids
-    changed: dict[str, list[str]] = field(default_factory=dict)  # what was done to rows that are used -> ids
-    notes: Counter[str] = field(default_factory=Counter)  # what is to be said of the rows used -> rows
-    tokens: Counter[str] = field(default_factory=Counter)  # all, media, response: of the rows used
-    sources: Counter[str] = field(default_factory=Counter)  # rows used, by what they say they are of
-    lengths: list[int] = field(default_factory=list)  # tokens of the rows used, in order
-    fingerprint: str = ""  # of the rows used, in order
-
-    def drop(self, reason: str, row_id: str) -> None:
-        """Count a row that is not trained on."""
-        self.dropped.setdefault(reason, []).append(row_id)
-
-    def as_dict(self) -> dict[str, Any]:
-        """As written to accounting.json; read = used + dropped always holds."""
-        dropped, changed = (
-            {reason: {"rows": len(ids), "ids": ids} for reason, ids in found.items()}
-            for found in (self.dropped, self.changed)
-        )
-        return {
-            "source": self.source,
-            "read": self.read,
-            "used": self.used,
-            "dropped": dropped,
-            "changed": changed,
-            "notes": dict(self.notes),
-            "tokens": dict(self.tokens),
-            "used_by_source": dict(self.sources),
-            "fingerprint": self.fingerprint,
-        }
-
-
 def is_bare_file(name: str) -> bool:
     """Whether a recipe's name is the path of a JSON file of conversations rather than a card."""
     return Path(name).suffix in (".json", ".jsonl")
 
 
-def read_recipe(name: str) -> dict[str, Any]:
-    """A recipe card by name or path, or the card that a bare .json / .jsonl file of conversations implies."""
+def read_recipe(name: str, within: Sequence[Path] = ()) -> dict[str, Any]:
+    """A recipe card by name or path, or the card that a bare .json / .jsonl file of conversations implies.
+
+    A mixture's holds those of its entries (mixture_cards.py). within: the mixtures' files that led here.
+    """
     if is_bare_file(name):
         path = Path(name)
         if not path.is_file():
@@ -97,11 +63,14 @@ def read_recipe(name: str) -> dict[str, Any]:
             "images": None,
             "data": str(path.parent),
         }
+    if is_mixture_file(find_card("recipe", name)):
+        return read_mixture(name, read_recipe, within)
     card = read_card("recipe", name, required=REQUIRED, optional=OPTIONAL)
     if ("messages" in card) == ("prompt" in card and "response" in card):
         raise CardError(f"Recipe {name!r}: give either messages, or prompt and response.")
     if not isinstance(card.get("unroll", False), bool):
         raise CardError(f"Recipe {name!r}: unroll must be true or false, found {card['unroll']!r}.")
+    check_row_rules(card)
     if not isinstance(card["source"], Mapping):
         raise CardError(f"Recipe {name!r}: source must be a mapping, found {card['source']!r}.")
     return card
@@ -114,6 +83,13 @@ def recipe_root(card: Mapping[str, Any], data: str | None) -> Path | None:
     if root is None and card.get("image_root"):
         raise CardError(f"{where} takes its images from local files. Say where they are: --data DIR (or DATA=DIR).")
     return root
+
+
+def check_places(card: Mapping[str, Any], data: str | None) -> None:
+    """Check that the files of a recipe, or of every source of a mixture, are there. Raises CardError."""
+    for one in sources_in(card, data):
+        if "prepared" not in one.card["source"]:
+            recipe_root(one.card, one.data)
 
 
 def outcomes(
