@@ -122,7 +122,7 @@ def test_tabmwp_goes_through_every_part(shared: Path, tmp_path: Path) -> None:
     assert run(*words, "--epochs", "1", "--eval_limit", "3", "--output", str(tmp_path / "run")) == 0
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["runs"]["dft"]["test"]["count"] == 3
-    assert report["accounting"]["tokens"]["media"] > 8 * 12
+    assert report["accounting"]["total"]["tokens"]["media"] > 8 * 12
 
 
 @pytest.mark.slow

@@ -28,6 +28,11 @@ class Rows:
         if len(self.ids) < MOST_IDS:
             self.ids.append(row_id)
 
+    def extend(self, more: Rows) -> None:
+        """Those too."""
+        self.rows += more.rows
+        self.ids += more.ids[: MOST_IDS - len(self.ids)]
+
     def as_dict(self) -> dict[str, Any]:
         """As written to accounting.json."""
         return {"rows": self.rows, "ids": list(self.ids)}
@@ -57,9 +62,7 @@ class Accounting:
 
     def leave_out(self, reason: str, ids: Sequence[str], rows: int) -> None:
         """Count so many rows that are not trained on; ids: of the first of them."""
-        found = self.dropped.setdefault(reason, Rows())
-        found.rows += rows
-        found.ids += ids[: MOST_IDS - len(found.ids)]
+        self.dropped.setdefault(reason, Rows()).extend(Rows(rows, list(ids)))
 
     def change(self, effect: str, row_id: str) -> None:
         """Count a row that is trained on otherwise than it was read."""
@@ -69,10 +72,25 @@ class Accounting:
         """Count the tokens of an example, or of several."""
         self.tokens.update(all=tokens, text=tokens - media, media=media, response=response)
 
+    def merge(self, later: Accounting) -> None:
+        """Add the account of later rows of the same source."""
+        self.read += later.read
+        self.used += later.used
+        for mine, theirs in ((self.dropped, later.dropped), (self.changed, later.changed)):
+            for what, rows in theirs.items():
+                mine.setdefault(what, Rows()).extend(rows)
+        self.duplicates.extend(later.duplicates)
+        self.notes.update(later.notes)
+        self.examples += later.examples
+        self.tokens.update(later.tokens)
+        self.sources.update(later.sources)
+
     def check(self) -> None:
         """Assert that no row is lost and none is counted twice."""
         lost = self.read - self.used - sum(found.rows for found in self.dropped.values())
-        assert not lost, f"{self.source}: {self.read} rows read, {self.used} used, {self.dropped}: {lost} are not accounted for"
+        assert not lost, (
+            f"{self.source}: {self.read} rows read, {self.used} used, {self.dropped}: {lost} are not accounted for"
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """As written to accounting.json."""

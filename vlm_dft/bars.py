@@ -37,7 +37,9 @@ class Bar:
         self.done += count
         if self._bar is not None:
             self._bar.update(count)
-        elif self._shown and ((self.total is not None and self.done >= self.total) or time.monotonic() - self._said >= SECONDS):
+        elif self._shown and (
+            (self.total is not None and self.done >= self.total) or time.monotonic() - self._said >= SECONDS
+        ):
             self._said = time.monotonic()
             took = f", {self._said - self._began:.0f} s"
             of = "" if self.total is None else f"/{self.total:,}"

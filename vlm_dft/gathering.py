@@ -8,7 +8,7 @@ The result is a function of the recipe, the files, the collator and the seed: no
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -27,6 +27,7 @@ from vlm_dft.mixed import Dress, Mixed, Part
 from vlm_dft.mixture_cards import Card, Source, mixed_places, sources_in
 from vlm_dft.recipes import MAX_SOURCES
 from vlm_dft.sameness import Twins, embedded_bytes, fingerprint, likeness
+from vlm_dft.stored_parts import stored_part
 
 Echo = Callable[[Any], None]
 FEW = 512  # rows that are looked at in this process before others are started
@@ -100,7 +101,9 @@ def gather(
     """
     faults, parts, accounts = Faults(), list[Part](), list[Accounting]()
     for source in sources_in(card, data):
-        reading = _Reading(source, collator, limit, bad_rows or source.card.get("bad_rows", "refuse"), workers, echo, faults)
+        reading = _Reading(
+            source, collator, limit, bad_rows or source.card.get("bad_rows", "refuse"), workers, echo, faults
+        )
         part, account = reading.stored() if "prepared" in source.card["source"] else reading.read()
         parts.append(part)
         accounts.append(account)
@@ -115,7 +118,7 @@ def gather(
         examples = Mixed(parts, drawn.source, drawn.row)
         for k, (part, account) in enumerate(zip(parts, accounts, strict=True)):
             for reason, rows in drawn.left[k].items():
-                account.leave_out(reason, [part.ids[row] for row in rows[:MOST_IDS]], len(rows))
+                account.leave_out(reason, [str(part.ids[int(row)]) for row in rows[:MOST_IDS]], len(rows))
     for k, (part, account) in enumerate(zip(parts, accounts, strict=True)):
         rows = examples.row[examples.part == k]
         account.examples = len(rows)
@@ -125,7 +128,11 @@ def gather(
         names = part.names
         account.sources.clear()
         account.sources.update(names[row] for row in rows)
-    mixing = {"order": card.get("order", "shuffled"), "share_of": card.get("share_of", "response")} if "mixture" in card else {}
+    mixing = (
+        {"order": card.get("order", "shuffled"), "share_of": card.get("share_of", "response")}
+        if "mixture" in card
+        else {}
+    )
     return Gathered(examples, accounts, whole(accounts, fingerprint=examples.fingerprint, **mixing))
 
 
@@ -182,7 +189,9 @@ class _Reading:
         if held > EMBEDDED:
             del rows
             return self.prepare()
-        if not self.source.mixed and len(set(rows.sources)) > MAX_SOURCES:  # a column of that name that holds something else
+        if (
+            not self.source.mixed and len(set(rows.sources)) > MAX_SOURCES
+        ):  # a column of that name that holds something else
             note = f"{len(set(rows.sources)):,} different sources are too many to tell apart (at most {MAX_SOURCES})"
             account.notes[note] = len(rows.sources)
             rows.call_all(self.source.name)
@@ -211,8 +220,7 @@ class _Reading:
         self.faults.looked_at += 1
         if outcome.error is not None:
             account.drop(outcome.error.reason, outcome.id)
-            if self.bad_rows == "refuse":
-                self.faults.add(outcome.error, f"{self.source.name} {outcome.id}" if self.source.mixed else outcome.id)
+            self._fault(outcome.error, outcome.id)
             return False
         if outcome.example is None:
             account.drop(outcome.dropped, outcome.id)
@@ -230,14 +238,17 @@ class _Reading:
 
     def prepare(self) -> tuple[Part, Accounting]:
         """The source in its prepared form, made in the cache the first time."""
-        from vlm_dft import prepared
+        from vlm_dft.ingredients import cache_folder
+        from vlm_dft.preparing import prepare
 
-        card = {**self.source.card, "bad_rows": self.bad_rows}
-        folder = prepared.cache_folder(card, self.source.data, self.collator, limit=self.limit)
-        self.echo(f"      {self.source.name} holds over {EMBEDDED // 2**20} MB of pictures itself: prepared in {folder}")
-        prepared.prepare(
-            card, self.source.data, folder, collator=self.collator, limit=self.limit, echo=self.echo,
-            workers=spare_workers() if self.workers is None else self.workers,
+        card = self.source.card
+        folder = cache_folder(card, self.source.data, collator=self.collator, limit=self.limit)
+        self.echo(
+            f"      {self.source.name} holds over {EMBEDDED // 2**20} MB of pictures itself: prepared in {folder}"
+        )
+        workers = spare_workers() if self.workers is None else self.workers
+        prepare(
+            card, self.source.data, folder, collator=self.collator, workers=workers, limit=self.limit, bad_rows=self.bad_rows, echo=self.echo
         )  # fmt: skip
         return self._opened(str(folder), None)
 
@@ -249,10 +260,22 @@ class _Reading:
         return self._opened(place, self.limit)
 
     def _opened(self, place: str, limit: int | None) -> tuple[Part, Accounting]:
-        from vlm_dft import prepared
+        from vlm_dft.ingredients import collator_settings
+        from vlm_dft.prepared import open_prepared
 
-        rows = prepared.open_prepared(place)
-        raise NotImplementedError(rows, limit)
+        part, account, said = stored_part(
+            open_prepared(place), self.source, self.dress, self.collator, settings=collator_settings(self.collator), limit=limit,
+            fault=self._fault,
+        )  # fmt: skip
+        self.faults.looked_at += account.read
+        if said:
+            self.echo(f"      {said}")
+        return part, account
+
+    def _fault(self, error: RowError, row_id: str) -> None:
+        """A row that cannot be used: refused, or dropped as the card or the run says."""
+        if self.bad_rows == "refuse":
+            self.faults.add(error, f"{self.source.name} {row_id}" if self.source.mixed else row_id)
 
 
 class _Measured:
@@ -283,7 +306,16 @@ class _Measured:
         )
         ids = [example.id for example in self.examples]
         return Part(
-            self.examples, ids, tokens, media, response, self.sources, pictured, filmed, fingerprint(self.examples), dress
+            self.examples,
+            ids,
+            tokens,
+            media,
+            response,
+            self.sources,
+            pictured,
+            filmed,
+            fingerprint(self.examples),
+            dress,
         )
 
 

@@ -41,7 +41,7 @@ class Part:
     """The examples of one source, which may lie on disk, and what is known of each without opening it."""
 
     examples: Sequence[Example]
-    ids: Sequence[str]
+    ids: Any  # of each, as str() gives it
     tokens: Ints  # of each, in all
     media: Ints
     response: Ints

@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from vlm_dft.errors import CardError
 
 Places = NDArray[np.int64]
+Lengths = Sequence[Sequence[int]] | Sequence[Places]
 ORDERS = ("shuffled", "curriculum")
 
 
@@ -59,7 +60,7 @@ class Mix:
 
 def mix(
     entries: Sequence[Entry],
-    lengths: Sequence[Sequence[int]],
+    lengths: Lengths,
     *,
     seed: int,
     order: str = "shuffled",
@@ -77,7 +78,7 @@ def mix(
         capped.append(np.sort(order_of_rows[kept:]))
     sizes = [np.asarray(own, np.int64) for own in lengths]
     picks, left = [], []
-    for entry, rows, count in zip(entries, drawn, _counts(entries, drawn, sizes), strict=True):
+    for rows, count in zip(drawn, _counts(entries, drawn, sizes), strict=True):
         passes, more = divmod(count, len(rows))
         whole, once_more = np.sort(rows), np.sort(rows[:more])
         picks.append(np.concatenate([*[whole] * passes, once_more]))
@@ -110,8 +111,7 @@ def _within_cap(entry: Entry, size: Places, order: Places) -> int:
         kept = min(kept, int(np.searchsorted(np.cumsum(size[order]), entry.cap_tokens, "right")))
     if not kept:
         raise CardError(
-            f"{entry.name!r}: cap_tokens = {entry.cap_tokens:,} is less than its first row of the seeded order has "
-            f"({int(size[order[0]]):,}). Raise it."
+            f"{entry.name!r}: cap_tokens = {entry.cap_tokens:,}, but the first row of its seeded order has {int(size[order[0]]):,}. Raise it."
         )
     return kept
 

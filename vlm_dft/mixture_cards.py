@@ -21,7 +21,7 @@ import numpy as np
 
 from vlm_dft.cards import check_keys, find_card, nearest, read_card
 from vlm_dft.errors import CardError
-from vlm_dft.mixing import ORDERS, Entry, Places, mix
+from vlm_dft.mixing import ORDERS, Entry, Lengths, Places, mix
 from vlm_dft.objectives import OBJECTIVES
 
 REQUIRED = ("description", "licence", "mixture")
@@ -77,11 +77,15 @@ def read_mixture(name: str, read: Reader, within: Sequence[Path] = ()) -> dict[s
     check_row_rules(card)
     for key, known in (("order", ORDERS), ("share_of", SHARE_OF)):
         if (found := card.get(key, known[0])) not in known:
-            raise CardError(f"{where}: {key} must be one of {', '.join(known)}, found {found!r}.{nearest(str(found), known)}")
+            raise CardError(
+                f"{where}: {key} must be one of {', '.join(known)}, found {found!r}.{nearest(str(found), known)}"
+            )
     listed = card["mixture"]
     if not isinstance(listed, Sequence) or isinstance(listed, str) or not listed:
         raise CardError(f"{where}: mixture must be a list of entries, each with a recipe, found {listed!r}.")
-    entries = [_entry(entry, card, path, read, (*within, path), f"{where}, entry {k + 1}") for k, entry in enumerate(listed)]
+    entries = [
+        _entry(entry, card, path, read, (*within, path), f"{where}, entry {k + 1}") for k, entry in enumerate(listed)
+    ]
     _check_together(entries, where)
     return {**card, "mixture": entries}
 
@@ -94,7 +98,9 @@ def _entry(
     check_keys(entry, ENTRY, where=where)
     for key in ("weight", "share", "repeat", "loss_weight"):
         number = entry.get(key, 1)
-        right = isinstance(number, (int, float)) and not isinstance(number, bool) and math.isfinite(number) and number > 0
+        right = (
+            isinstance(number, (int, float)) and not isinstance(number, bool) and math.isfinite(number) and number > 0
+        )
         if not right:
             raise CardError(f"{where}: {key} must be a number above 0, found {number!r}.")
     for key in ("cap", "cap_tokens"):
@@ -126,16 +132,24 @@ def _entry(
 def _check_together(entries: Sequence[Card], where: str) -> None:
     names = [entry["name"] for entry in entries]
     if twice := [name for k, name in enumerate(names) if name in names[:k]]:
-        raise CardError(f"{where}: two entries are called {twice[0]!r}. Give one of them a name of its own (name: ...).")
+        raise CardError(
+            f"{where}: two entries are called {twice[0]!r}. Give one of them a name of its own (name: ...)."
+        )
     for key in ("weight", "share"):
         without = [entry["name"] for entry in entries if key not in entry]
         if without and len(without) < len(entries):
             other = next((k for k in ("weight", "share") if k != key and any(k in entry for entry in entries)), None)
-            said = f"some entries have a {key} and some a {other}" if other else f"{without[0]!r} has no {key}, others have"
+            said = (
+                f"some entries have a {key} and some a {other}"
+                if other
+                else f"{without[0]!r} has no {key}, others have"
+            )
             raise CardError(f"{where}: {said}. Give all of them a {key}, or none.")
     shares = [float(entry["share"]) for entry in entries if "share" in entry]
     if shares and abs(sum(shares) - 1) > SUM_WITHIN:
-        raise CardError(f"{where}: shares are fractions of the tokens and must sum to 1, found a sum of {sum(shares):g}.")
+        raise CardError(
+            f"{where}: shares are fractions of the tokens and must sum to 1, found a sum of {sum(shares):g}."
+        )
 
 
 def asked(card: Card) -> list[Entry]:
@@ -181,7 +195,9 @@ def _place(data: str | None, below: str | None, where: str) -> str | None:
     if folder.is_absolute():
         return str(folder)
     if data is None:
-        raise CardError(f"{where}: data = {below!r} is a folder below the data folder. Say where that is: --data DIR (or DATA=DIR).")
+        raise CardError(
+            f"{where}: data = {below!r} is a folder below the data folder. Say where that is: --data DIR (or DATA=DIR)."
+        )
     return str(Path(data) / folder)
 
 
@@ -201,7 +217,7 @@ class Drawn:
     left: list[dict[str, Places]]  # of each source, in order: why rows of it are not there at all
 
 
-def mixed_places(card: Card, lengths: Sequence[Sequence[int]], seed: int) -> Drawn:
+def mixed_places(card: Card, lengths: Lengths, seed: int) -> Drawn:
     """Draw a mixture and the mixtures in it, from within. lengths: of each source's rows, in the tokens that shares count."""
     gone: list[tuple[str, int, Places]] = []  # reason, source, rows: from within to without
     source, row, end = _draw(card, lengths, seed, "", 0, gone)
@@ -221,14 +237,14 @@ def mixed_places(card: Card, lengths: Sequence[Sequence[int]], seed: int) -> Dra
 
 
 def _draw(
-    card: Card, lengths: Sequence[Sequence[int]], seed: int, way: str, first: int, gone: list[tuple[str, int, Places]]
+    card: Card, lengths: Lengths, seed: int, way: str, first: int, gone: list[tuple[str, int, Places]]
 ) -> tuple[Places, Places, int]:
     """(source, row) of a mixture's examples in order, and the number of the source after its own."""
     items: list[tuple[Places, Places]] = []  # of each entry: source and row of what it has to give
     for entry in card["mixture"]:
         if "mixture" in entry["card"]:
-            *item, first = _draw(entry["card"], lengths, seed, f"{way}{entry['name']}/", first, gone)
-            items.append((item[0], item[1]))
+            inner, rows, first = _draw(entry["card"], lengths, seed, f"{way}{entry['name']}/", first, gone)
+            items.append((inner, rows))
         else:
             rows = np.arange(len(lengths[first]))
             items.append((np.full(len(rows), first), rows))

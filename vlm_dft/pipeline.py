@@ -134,7 +134,8 @@ def _check_same_data(output: Path, now: str) -> None:
     """Refuse to continue a run on other data than it was begun with."""
     before = output / "accounting.json"
     if begun(output) and before.is_file():
-        found = json.loads(before.read_text(encoding="utf-8"))["total"]["fingerprint"]
+        said = json.loads(before.read_text(encoding="utf-8"))
+        found = (said.get("total") or said["sources"][0])["fingerprint"]  # the latter in folders of earlier versions
         if found != now:
             raise ConfigError(
                 f"OUTPUT {str(output)!r} was begun on other rows (fingerprint {found[:12]}, now {now[:12]}): "
@@ -200,7 +201,10 @@ def gauge_examples(
     """Gauge the model's prior on so many examples of each source, spread evenly over it, with their pictures and without."""
     by_source = sources_of(examples)
     chosen = [
-        places[k * len(places) // n] for places in by_source.values() for n in [min(count, len(places))] for k in range(n)
+        places[k * len(places) // n]
+        for places in by_source.values()
+        for n in [min(count, len(places))]
+        for k in range(n)
     ]
     collator = make_collator(processor, config, packing=False, tag_sources=list(by_source))
     size = max(config.micro_batch, 8)
