@@ -11,7 +11,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -254,10 +253,7 @@ class _Reading:
 
     def stored(self) -> tuple[Part, Accounting]:
         """A source that was prepared before."""
-        place = str(self.source.card["source"]["prepared"])
-        if "://" not in place and not Path(place).expanduser().is_absolute() and self.source.data is not None:
-            place = str(Path(self.source.data) / place)
-        return self._opened(place, self.limit)
+        return self._opened(str(self.source.card["source"]["prepared"]), self.limit)
 
     def _opened(self, place: str, limit: int | None) -> tuple[Part, Accounting]:
         from vlm_dft.ingredients import collator_settings

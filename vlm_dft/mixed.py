@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from vlm_dft.chat import Example, Message, is_trained
 
 Ints = NDArray[np.int64]
-MEDIA = ("pictures", "videos", "texts")
+MEDIA = ("images", "videos", "text")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +60,8 @@ class Part:
 class Mixed(Sequence[Example]):
     """Example k is row[k] of part[k]. Nothing is opened before it is asked for; it can be pickled if its parts can.
 
-    sources: what the examples go by, in order of appearance; owners: of each, the index into sources. media: whether there
-    are "pictures", "videos", and "texts" without either.
+    sources: what the examples go by, in the order of their first appearance; owners: of each, the index into sources.
+    media: how many have images, how many videos, and how many are text alone. lengths: tokens of each.
     """
 
     def __init__(self, parts: Sequence[Part], part: Ints | None = None, row: Ints | None = None) -> None:
@@ -71,12 +71,15 @@ class Mixed(Sequence[Example]):
         self.row = np.concatenate([np.arange(n) for n in counts]) if row is None else row
         self.rows = [one.examples for one in parts]
         self.dresses = [one.dress for one in parts]
-        places: dict[str, int] = {}
-        owners = [np.array([places.setdefault(n, len(places)) for n in one.names], np.int64) for one in parts]
-        self.owners, self.sources = self._of(owners), list(places)
+        numbers: dict[str, int] = {}
+        owners = [np.array([numbers.setdefault(n, len(numbers)) for n in one.names], np.int64) for one in parts]
+        found, first, self.owners = np.unique(self._of(owners), return_index=True, return_inverse=True)
+        names, by_place = list(numbers), np.argsort(first)
+        self.sources = [names[found[k]] for k in by_place]
+        self.owners = np.argsort(by_place)[self.owners]
         pictures, videos = (self._of([getattr(one, kind) for one in parts]) for kind in ("pictured", "filmed"))
-        texts = ~(pictures | videos)
-        self.media = {kind: bool(has.any()) for kind, has in zip(MEDIA, (pictures, videos, texts), strict=True)}
+        text = ~(pictures | videos)
+        self.media = {kind: int(has.sum()) for kind, has in zip(MEDIA, (pictures, videos, text), strict=True)}
         self.lengths: list[int] = self._of([one.tokens for one in parts]).tolist()
         digest = hashlib.sha256()
         for one in parts:
@@ -119,23 +122,29 @@ class Mixed(Sequence[Example]):
         return (self[k] for k in range(len(self)))
 
 
-def sources_of(examples: Sequence[Example]) -> dict[str, list[int]]:
-    """{source: places of its examples}, sources in order of appearance."""
+def places_by_source(examples: Sequence[Example]) -> dict[str, list[int]]:
+    """{source: places of its examples}, sources in the order of their first appearance."""
     if isinstance(examples, Mixed):
-        found = {name: np.flatnonzero(examples.owners == k).tolist() for k, name in enumerate(examples.sources)}
-        return {name: places for name, places in sorted(found.items(), key=lambda one: one[1][:1]) if places}
+        return {name: np.flatnonzero(examples.owners == k).tolist() for k, name in enumerate(examples.sources)}
     places: dict[str, list[int]] = {}
     for k, example in enumerate(examples):
         places.setdefault(example.source, []).append(k)
     return places
 
 
-def media_of(examples: Sequence[Example]) -> Mapping[str, bool]:
-    """Whether there are pictures, videos, and texts without either among examples."""
-    if isinstance(examples, Mixed):
-        return examples.media
+def sources_of(examples: Sequence[Example]) -> list[str]:
+    """The sources of examples in the order of their first appearance: as they say themselves, or looked up."""
+    own: Sequence[str] | None = getattr(examples, "sources", None)
+    return list(dict.fromkeys(example.source for example in examples) if own is None else own)
+
+
+def media_of(examples: Sequence[Example]) -> Mapping[str, int]:
+    """How many examples have images, how many videos, and how many are text alone: as they say themselves, or counted."""
+    own: Mapping[str, int] | None = getattr(examples, "media", None)
+    if own is not None:
+        return own
     return {
-        "pictures": any(example.images for example in examples),
-        "videos": any(example.videos for example in examples),
-        "texts": any(not (example.images or example.videos) for example in examples),
+        "images": sum(bool(e.images) for e in examples),
+        "videos": sum(bool(e.videos) for e in examples),
+        "text": sum(not (e.images or e.videos) for e in examples),
     }

@@ -125,6 +125,8 @@ def _entry(
     recipe = entry["recipe"]
     if Path(recipe).suffix in (".yaml", ".yml", ".json", ".jsonl"):
         recipe = str(path.parent / Path(recipe).expanduser())
+    elif (path.parent / recipe / "prepared.json").is_file():
+        recipe = str(path.parent / recipe)
     own = read(recipe, within=within)
     return {**entry, "name": entry.get("name", own["name"]), "card": own}
 

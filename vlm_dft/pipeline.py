@@ -27,7 +27,7 @@ from vlm_dft.generation import generate
 from vlm_dft.kinds import MEANING
 from vlm_dft.loss_head import attach_loss
 from vlm_dft.metrics import summarise
-from vlm_dft.mixed import sources_of
+from vlm_dft.mixed import places_by_source
 from vlm_dft.mixture_cards import entry_objectives
 from vlm_dft.model_card import write_card
 from vlm_dft.models import device_kind, load_model, load_processor
@@ -117,7 +117,7 @@ def gather_for(config: TrainConfig, card: Mapping[str, Any], processor: Any, ech
 
 def check_sources(config: TrainConfig, card: Mapping[str, Any], examples: Sequence[Example]) -> None:
     """Refuse an objective for a source that no row is of, or that has another: it would not be trained so. Raises ConfigError."""
-    known, own = sources_of(examples), entry_objectives(card)
+    known, own = places_by_source(examples), entry_objectives(card)
     for source, objective in config.collator.get("source_objectives", {}).items():
         if source in own and own[source] != objective:
             raise ConfigError(
@@ -178,7 +178,7 @@ def _look_before(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Spell out the first masks, and gauge the model's prior on the responses before it is trained on them."""
     masks = mask_report([make_collator(processor, config, packing=False).explain(e) for e in examples[:SHOWN_MASKS]])
-    count = sum(min(GAUGE_EXAMPLES, len(places)) for places in sources_of(examples).values())
+    count = sum(min(GAUGE_EXAMPLES, len(places)) for places in places_by_source(examples).values())
     echo(f"[2/4] prior of {config.model} on {count} of the responses, before training")
     found = gauge_examples(config, processor, examples)
     echo(f"      mean p of {found['tokens']:,} response tokens {found['mean_p']:.3f} ± {found['stderr_p']:.3f}; "
@@ -199,7 +199,7 @@ def gauge_examples(
     config: TrainConfig, processor: Any, examples: Sequence[Example], count: int = GAUGE_EXAMPLES
 ) -> dict[str, Any]:
     """Gauge the model's prior on so many examples of each source, spread evenly over it, with their pictures and without."""
-    by_source = sources_of(examples)
+    by_source = places_by_source(examples)
     chosen = [
         places[k * len(places) // n]
         for places in by_source.values()

@@ -195,7 +195,7 @@ def needs_dummy_image(model: Any, arguments: TrainingArguments, examples: Sequen
     if arguments.world_size == 1:
         return False
     has = media_of(examples)
-    if split and has["pictures"] and has["videos"]:
+    if split and has["images"] and has["videos"]:
         raise ModelError(
             "ZeRO-3 and FSDP gather the vision tower once for the pictures and once for the videos of a batch, and the processes "
             "would wait for each other where one has no videos. Train pictures and videos apart, or with zero2 or DDP."
@@ -203,7 +203,7 @@ def needs_dummy_image(model: Any, arguments: TrainingArguments, examples: Sequen
     family = find_family(model)
     towers = (p for name, p in model.named_parameters() if part_of(name, family) in ("vision", "merger"))
     trained = any(parameter.requires_grad for parameter in towers)
-    return has["texts"] and (trained or (split and (has["pictures"] or has["videos"])))
+    return bool(has["text"] and (trained or (split and (has["images"] or has["videos"]))))
 
 
 def train_objective(
@@ -251,7 +251,7 @@ def train_objective(
     set_seed(config.seed)  # LoRA draws its start
     model, parts, choices = prepare_model(config)
     fit_fsdp(arguments, model)
-    sources = list(sources_of(examples))
+    sources = sources_of(examples)
     dummy = {"dummy_image": True} if needs_dummy_image(model, arguments, examples) else {}
     collator = make_collator(processor, config, tag_sources=sources, **_timing(model), **dummy)
     if echo is not None:
@@ -269,8 +269,7 @@ def train_objective(
         echo(f"      {warning}")
 
     seeing = [part for part in SEEING if part in parts.moving]
-    has = media_of(examples)
-    if seeing and not (has["pictures"] or has["videos"]):
+    if seeing and media_of(examples)["text"] == len(examples):
         raise ModelError(
             f"{' and '.join(seeing)} would be trained, but no row has a picture: nothing could move them. Leave them out of train_parts "
             "(or lora_parts)."
