@@ -136,7 +136,18 @@ def test_a_mixture_that_was_killed_goes_on_with_the_rows_that_it_had_not_seen_an
     card, whole, run = tmp_path / "mixed.yaml", tmp_path / "whole", tmp_path / "run"
     text = f"{{description: d, licence: mine, order: {order}, mixture: [{{recipe: drawn, cap: 24}}, {{recipe: drawn_new, repeat: 0.5}}]}}"
     card.write_text(text)
-    words = ("--recipe", str(card), "--benchmark", "none", "--save_steps", "1", "--logging_steps", "1", "--workers", "1")
+    words = (
+        "--recipe",
+        str(card),
+        "--benchmark",
+        "none",
+        "--save_steps",
+        "1",
+        "--logging_steps",
+        "1",
+        "--workers",
+        "1",
+    )
     assert ended(train(whole, *words))[0] == 0
     running = train(run, *words)
     wait_for(lambda: len(logged(run)) >= 3, running)

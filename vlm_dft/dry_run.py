@@ -84,10 +84,16 @@ def _look(source: Source, config: TrainConfig) -> _Look:
     return _Look(source.name, _limited(rows, config), _measure(config, [example_of(card, row, root) for row in first]))
 
 
+def _sources(plan: Plan) -> list[Source]:
+    """The recipe's sources; a mixture's sub-folders are those of a folder that is still to be said."""
+    nowhere = "DATA" if "mixture" in plan.recipe else None
+    return sources_in(plan.recipe, plan.config.data or nowhere)
+
+
 def _rows(plan: Plan) -> tuple[int | None, dict[str, Any], list[dict[str, Any]]]:
     """(rows of an epoch, what a sample of them measures, and of a mixture what each source is expected to give)."""
     card, config = plan.recipe, plan.config
-    looks = [_look(source, config) for source in sources_in(card, config.data)]
+    looks = [_look(source, config) for source in _sources(plan)]
     if "mixture" not in card:
         return looks[0].rows, looks[0].sample, []
     unknown = next((look for look in looks if not look.rows), None)
@@ -265,9 +271,8 @@ def describe(plan: Plan, found: dict[str, Any]) -> str:
     lines += [f"# {_optimiser(config)}"]
     if plan.benchmark is None:
         lines.append("# evaluation: none, the recipe names no benchmark; BENCHMARK= chooses one")
-    if any(
-        one.card.get("image_root") and "hub" in one.card["source"] and one.data is None
-        for one in sources_in(card, config.data)
+    if config.data is None and any(
+        one.card.get("image_root") and "hub" in one.card["source"] for one in _sources(plan)
     ):
         lines.append("# still to say: DATA=, the folder with the images (see the notes)")
     if card.get("notes"):
