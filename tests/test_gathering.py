@@ -470,11 +470,9 @@ def test_a_prepared_source_is_mixed_with_others(
     examples = embedded(12)
     rows = FakePrepared(examples, measured_by(collator, examples), {"max_length": 200})
     prepared_modules["set"] = rows
-    (tmp_path / "stored.yaml").write_text(
-        yaml.safe_dump({"description": "d", "licence": "mine", "source": {"prepared": "s"}, "messages": None})
-    )
-    few = card_of(tmp_path, "few", [said(f"f{k}") for k in range(3)])
-    card = mixture_of(tmp_path, [{"recipe": "stored.yaml", "weight": 2}, {"recipe": few, "weight": 1}])
+    few, other = (card_of(tmp_path, name, [said(f"f{k}") for k in range(3)]) for name in ("few", "stored"))
+    card = mixture_of(tmp_path, [{"recipe": other, "weight": 2}, {"recipe": few, "weight": 1}])
+    card["mixture"][0]["card"] = STORED
     found = gather(card, str(tmp_path), collator)
     assert rows.opened == 0 and Counter(found.accounts[0].sources) == {"stored": 6}
     assert Counter(example.source for example in found.examples) == {"stored": 6, "few": 3}

@@ -104,7 +104,7 @@ class Accounting:
             "notes": dict(self.notes),
             "examples": self.examples,
             "repeated": round(self.examples / self.used, 4) if self.used else 0.0,
-            "tokens": {kind: self.tokens[kind] for kind in KINDS},
+            "tokens": {kind: self.tokens[kind] for kind in KINDS} if self.tokens else {},  # where they were counted
             "share": round(self.share, 6),
             "response_share": round(self.response_share, 6),
             "used_by_source": dict(self.sources),
