@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from vlm_dft.cards import list_cards
 from vlm_dft.config import recipe_layer
 from vlm_dft.errors import CardError
-from vlm_dft.mixture_cards import mixed_places, sources_in
+from vlm_dft.mixture_cards import sources_in
+from vlm_dft.mixture_rows import mixed_places
 from vlm_dft.recipes import read_recipe
 
 

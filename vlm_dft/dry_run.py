@@ -19,7 +19,8 @@ from vlm_dft.engines import DDP, Engine, check_engine, filled
 from vlm_dft.errors import UserError
 from vlm_dft.locate import base_model, resolve_model
 from vlm_dft.memory import GB, estimate, gpu_bytes, host_bytes, largest_micro_batch
-from vlm_dft.mixture_cards import Source, mixed_places, sources_in
+from vlm_dft.mixture_cards import Source, sources_in
+from vlm_dft.mixture_rows import mixed_places
 from vlm_dft.preflight import Plan
 from vlm_dft.recipes import example_of, recipe_root
 from vlm_dft.rows import read_rows

@@ -23,7 +23,8 @@ from vlm_dft.errors import RowError
 from vlm_dft.examining import Examined, examine
 from vlm_dft.measuring import within
 from vlm_dft.mixed import Dress, Mixed, Part
-from vlm_dft.mixture_cards import Card, Source, mixed_places, sources_in
+from vlm_dft.mixture_cards import Card, Source, sources_in
+from vlm_dft.mixture_rows import mixed_places
 from vlm_dft.recipes import MAX_SOURCES
 from vlm_dft.sameness import Twins, embedded_bytes, fingerprint, likeness
 from vlm_dft.stored_parts import stored_part

@@ -1,6 +1,6 @@
 """Mixing: the lengths of every entry's rows and what a mixture asks of them in; which rows, how often and in which order, out.
 
-The arithmetic of mixture cards, without files: entries have rows, and rows have a number of tokens.
+The arithmetic of mixture cards, without cards: entries have rows, and rows have a number of tokens.
 
 - Unless more is said, every row of every entry is used once. `repeat: 2.5` uses every row twice and a seeded half once more
   (of an odd number the smaller half); `repeat: 0.5` a seeded half.
@@ -31,7 +31,6 @@ from vlm_dft.errors import CardError
 
 Places = NDArray[np.int64]
 Lengths = Sequence[Sequence[int]] | Sequence[Places]
-ORDERS = ("shuffled", "curriculum")
 
 
 @dataclass(frozen=True, slots=True)

@@ -108,8 +108,8 @@ def stored_part(
 
 def _index(rows: Any) -> dict[str, Any]:
     """The columns of a prepared set's index: what is known of each example without reading it."""
-    import pyarrow as pa  # type: ignore[import-untyped]
-    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
     table = pq.read_table(pa.BufferReader(rows.store.read("index.parquet")), columns=COLUMNS).combine_chunks()
     found: dict[str, Any] = {name: table.column(name).combine_chunks() for name in COLUMNS}
