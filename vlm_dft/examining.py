@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from vlm_dft.collators import ChatCollator
 
 Facts = Callable[[Example], Any]  # may raise RowError; what it gives is pickled
-HERE = 512  # rows that this process looks at itself before others are started: few rows need no others
+HERE = 4  # rows that this process looks at itself before others are started
 CHUNK, AHEAD = 32, 4  # places a worker gets at once; chunks of each worker that are on the way: memory is bounded
 
 
