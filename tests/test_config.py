@@ -164,3 +164,14 @@ def test_what_a_card_adds_can_be_switched_off() -> None:
     off = {"kl": "0", "full_weight": "none", "source_objectives": "none"}
     config = resolve_config(("recipe 'x'", card), ("command line", off))
     assert config.loss == {"full_weight": []} and config.collator == {"source_objectives": {}}
+
+
+def test_what_is_said_of_rows_is_a_group_with_flat_names() -> None:
+    config = resolve(limit="100", bad_rows="drop", workers="3")
+    assert config.rows == {"limit": 100, "bad_rows": "drop", "workers": 3} and config.limit == 100
+    assert resolve(rows={"limit": 5}).limit == 5 and resolve().limit is None
+    with pytest.raises(ConfigError, match="unknown setting 'bad_row' of rows. Did you mean 'bad_rows'?"):
+        resolve(rows={"bad_row": "drop"})
+    for value in (0, -1, "many"):
+        with pytest.raises(ConfigError, match="limit must be a whole number above 0"):
+            resolve(limit=value)

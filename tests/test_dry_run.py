@@ -141,3 +141,31 @@ def test_evaluation_while_training_without_a_benchmark_is_refused(capsys: pytest
 def test_numbers_that_cannot_be_written_are_refused_first(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--dry-run", "--json", "/nowhere/x.json"]) == 2
     assert "--json '/nowhere/x.json': expected the name of a file" in capsys.readouterr().err
+
+
+def test_a_mixture_is_shown_with_rows_and_shares_before_anything_is_read_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Answers of 1 and of 3 words; half the response tokens each: three times as many rows of the short ones, near enough."""
+    for name, answer, count in (("short", "Two.", 90), ("long", "One. One. One. One. One. One.", 90)):
+        row = {"messages": [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": answer}]}
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({**row, "id": k}) + "\n" for k in range(count)))
+    card = tmp_path / "mixed.yaml"
+    entry = "{recipe: %s.jsonl, share: 0.5}"
+    card.write_text(f"{{description: d, licence: x, mixture: [{entry % 'short'}, {entry % 'long'}]}}")
+    found, out = look(tmp_path, capsys, "--recipe", str(card), "--data", str(tmp_path), "--batch_size", "10")
+    short, long = found["mixture"]
+    assert (short["name"], short["rows"], short["examples"]) == ("short", 90, 90) and 0 < long["examples"] < 45
+    assert short["response"] == pytest.approx(long["response"], abs=long["response"] / long["examples"])
+    assert found["rows"] == 90 + long["examples"] and found["steps"] == -(-found["rows"] // 10)
+    assert "# mixture, shuffled:" in out and f"#   long: {long['examples']} examples of 90 rows, about" in out
+    limited, _ = look(tmp_path, capsys, "--recipe", str(card), "--data", str(tmp_path), "--limit", "30")
+    assert [one["rows"] for one in limited["mixture"]] == [30, 30]
+
+
+def test_a_mixture_of_a_set_on_the_hub_says_what_it_cannot_know(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found, out = look(tmp_path, capsys, "--recipe", "visual_math_mixture")
+    assert found["rows"] is None and "mixture" not in found and "# tokens: not estimated, " in out
+    assert "# mixture, shuffled: tabmwp, wethink" in out

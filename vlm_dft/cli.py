@@ -251,14 +251,14 @@ def _model_and_recipe(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any
     """The resolved config and the recipe's card, every name looked up. Raises a UserError; nothing is loaded."""
     from vlm_dft.config import recipe_layer, resolve_config
     from vlm_dft.locate import resolve_model
-    from vlm_dft.recipes import read_recipe, recipe_root
+    from vlm_dft.recipes import check_places, read_recipe
 
     given = ("recipe", "model", "data", *INSPECT_SETTINGS)
     words = {name: value for name, value in vars(arguments).items() if name in given and value is not None}
     config = resolve_config((f"recipe {arguments.recipe!r}", recipe_layer(arguments.recipe)), ("command line", words))
     card = read_recipe(config.recipe)
     resolve_model(config.model)
-    recipe_root(card, config.data)
+    check_places(card, config.data)
     return config, card
 
 

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from vlm_dft.collators import ChatCollator
 
 Facts = Callable[[Example], Any]  # may raise RowError; what it gives is pickled
+HERE = 4  # rows that this process looks at itself before others are started
 CHUNK, AHEAD = 32, 4  # places a worker gets at once; chunks of each worker that are on the way: memory is bounded
 
 
@@ -52,11 +53,12 @@ def examine(
     """
     root = recipe_root(card, data)
     job = (card, root, collator, facts)
-    numbered = enumerate(places(card, root, start=start, limit=limit), start)
-    if not workers:
-        for place, row in numbered:
-            yield from _examine_one(job, place, row)
+    numbered: Iterator[tuple[int, Row | Outcome]] = enumerate(places(card, root, start=start, limit=limit), start)
+    for place, row in islice(numbered, HERE) if workers else numbered:
+        yield from _examine_one(job, place, row)
+    if (ahead := next(numbered, None)) is None:
         return
+    numbered = chain([ahead], numbered)
     context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else None)
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(job,)) as pool:
         running: deque[Future[list[Examined]]] = deque()

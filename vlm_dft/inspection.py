@@ -15,6 +15,7 @@ from vlm_dft.chat import Example
 from vlm_dft.errors import RowError, printable
 from vlm_dft.explain import Explained, TokenView, mask_report
 from vlm_dft.fitting import fit
+from vlm_dft.mixture_cards import sources_in
 from vlm_dft.recipes import Outcome, places, recipe_root
 from vlm_dft.row_examples import filtered, made_of
 
@@ -69,7 +70,14 @@ class Inspected:
 def inspect_rows(
     card: Mapping[str, Any], data: str | None, collator: ChatCollator, *, start: int = 0, count: int = 5
 ) -> Iterator[Inspected]:
-    """Rows [start, start + count) of a recipe, one after the other. Raises RowError if there is none."""
+    """Rows [start, start + count) of a recipe, of each source of a mixture, one after the other. Raises RowError if there is none."""
+    for source in sources_in(card, data):
+        yield from _of_source(source.card, source.data, collator, start, count)
+
+
+def _of_source(
+    card: Mapping[str, Any], data: str | None, collator: ChatCollator, start: int, count: int
+) -> Iterator[Inspected]:
     root, where = recipe_root(card, data), f"Recipe {card['name']!r}"
     k, shown = 0, 0
     for k, row in enumerate(places(card, root), 1):

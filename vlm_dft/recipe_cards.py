@@ -17,10 +17,9 @@ from vlm_dft.row_formats import check_format
 REQUIRED = ("description", "licence", "source")
 OPTIONAL = (
     "paper", "rows", "image", "images", "image_root", "prompt", "response", "system", "unit", "options", "correct", "messages",
-    "format", "videos", "unroll", "answer", "ending", "tags", "keep", "columns", "objective", "weight", "bad_rows", "training",
-    "benchmark", "notes",
+    "format", "videos", "unroll", "answer", "ending", "tags", "keep", "columns", "objective", "weight", "bad_rows",
+    "duplicates", "training", "benchmark", "notes",
 )  # fmt: skip
-BAD_ROWS = ("refuse", "drop")
 WAYS = ("index", "letter", "text")  # that `correct` says the right option in
 TEXTS = (
     "description",
@@ -131,13 +130,6 @@ def _weight(value: object, where: str) -> None:
         )
 
 
-def _bad_rows(value: object, where: str) -> None:
-    if value not in BAD_ROWS:
-        raise CardError(
-            f"{where}: bad_rows must be {' or '.join(BAD_ROWS)}, found {value!r}.{nearest(str(value), BAD_ROWS)}"
-        )
-
-
 def _training(value: object, where: str) -> None:
     if value is not None and not isinstance(value, Mapping):
         raise CardError(f"{where}: training must be a mapping of settings, found {value!r}.")
@@ -145,7 +137,7 @@ def _training(value: object, where: str) -> None:
 
 CHECKS: dict[str, Callable[[object, str], object]] = {
     "rows": _rows, "messages": _messages, "unroll": _unroll, "correct": _correct, "answer": _answer, "columns": _columns,
-    "objective": _objective, "weight": _weight, "bad_rows": _bad_rows, "training": _training,
+    "objective": _objective, "weight": _weight, "training": _training,
     "format": lambda value, where: check_format(value, where=where),
     "keep": lambda value, where: check_keep(value, where=where),
     "tags": lambda value, where: check_tags(value, where=where),

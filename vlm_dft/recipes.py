@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from vlm_dft.accounting import Accounting, Faults
 from vlm_dft.archives import image_folder
-from vlm_dft.cards import nearest, read_card
+from vlm_dft.cards import find_card, nearest, read_card
 from vlm_dft.chat import Example, unroll
 from vlm_dft.errors import CardError, RowError
+from vlm_dft.mixture_cards import check_row_rules, is_mixture_file, read_mixture, sources_in
 from vlm_dft.recipe_cards import OPTIONAL, REQUIRED, check_recipe
 from vlm_dft.row_examples import filtered, made_of, where_of
 from vlm_dft.row_formats import Detected, agree, detect, format_of
@@ -32,55 +33,16 @@ class Outcome:
     changed: tuple[str, ...] = ()  # what was done to it: "answer appended"
 
 
-@dataclass(slots=True)
-class Accounting:
-    """What became of every row: nothing is lost in silence."""
-
-    source: str
-    read: int = 0
-    used: int = 0
-    dropped: dict[str, list[str]] = field(default_factory=dict)  # reason -> ids
-    changed: dict[str, list[str]] = field(default_factory=dict)  # what was done to rows that are used -> ids
-    notes: Counter[str] = field(default_factory=Counter)  # what is to be said of the rows used -> rows
-    tokens: Counter[str] = field(default_factory=Counter)  # all, media, response: of the rows used
-    sources: Counter[str] = field(default_factory=Counter)  # rows used, by what they say they are of
-    lengths: list[int] = field(default_factory=list)  # tokens of the rows used, in order
-    fingerprint: str = ""  # of the rows used, in order
-
-    def drop(self, reason: str, row_id: str) -> None:
-        """Count a row that is not trained on."""
-        self.dropped.setdefault(reason, []).append(row_id)
-
-    def change(self, effect: str, row_id: str) -> None:
-        """Count a row that is trained on otherwise than it was read."""
-        self.changed.setdefault(effect, []).append(row_id)
-
-    def as_dict(self) -> dict[str, Any]:
-        """As written to accounting.json; read = used + dropped always holds."""
-        dropped, changed = (
-            {reason: {"rows": len(ids), "ids": ids} for reason, ids in found.items()}
-            for found in (self.dropped, self.changed)
-        )
-        return {
-            "source": self.source,
-            "read": self.read,
-            "used": self.used,
-            "dropped": dropped,
-            "changed": changed,
-            "notes": dict(self.notes),
-            "tokens": dict(self.tokens),
-            "used_by_source": dict(self.sources),
-            "fingerprint": self.fingerprint,
-        }
-
-
 def is_bare_file(name: str) -> bool:
     """Whether a recipe's name is the path of a JSON file of conversations rather than a card."""
     return Path(name).suffix in (".json", ".jsonl")
 
 
-def read_recipe(name: str) -> dict[str, Any]:
-    """A recipe card by name or path, or the card that a bare .json / .jsonl file of conversations implies."""
+def read_recipe(name: str, within: Sequence[Path] = ()) -> dict[str, Any]:
+    """A recipe card by name or path, or the card that a bare .json / .jsonl file of conversations implies.
+
+    A mixture's holds those of its entries (mixture_cards.py). within: the mixtures' files that led here.
+    """
     if is_bare_file(name):
         path = Path(name)
         if not path.is_file():
@@ -92,8 +54,11 @@ def read_recipe(name: str) -> dict[str, Any]:
             "source": {"files": [str(path.resolve())]},  # the images alone are relative to --data
             "data": str(path.parent),
         }
+    if is_mixture_file(find_card("recipe", name)):
+        return read_mixture(name, read_recipe, within)
     card = read_card("recipe", name, required=REQUIRED, optional=OPTIONAL)
     check_recipe(card, where=f"Recipe {name!r}")
+    check_row_rules(card)
     return card
 
 
@@ -106,6 +71,13 @@ def recipe_root(card: Mapping[str, Any], data: str | None) -> Path | None:
     if root is not None and card.get("image_root"):
         image_folder(root, card["image_root"], where=where)
     return root
+
+
+def check_places(card: Mapping[str, Any], data: str | None) -> None:
+    """Check that the files of a recipe, or of every source of a mixture, are there. Raises CardError."""
+    for one in sources_in(card, data):
+        if "prepared" not in one.card["source"]:
+            recipe_root(one.card, one.data)
 
 
 def outcomes(
@@ -238,8 +210,7 @@ def load_recipe(
     root = recipe_root(card, data)
     account = Accounting(str(card["name"]))
     examples: list[Example] = []
-    first: RowError | None = None
-    bad: dict[str, list[str]] = {}
+    faults = Faults()
     for place in places(card, root, limit=limit):
         for outcome in [place] if isinstance(place, Outcome) else outcomes_of(card, place, root):
             account.read += 1
@@ -252,14 +223,13 @@ def load_recipe(
             elif card.get("bad_rows", "refuse") == "drop":
                 account.drop(outcome.error.reason, outcome.id)
             else:
-                first = first or outcome.error
-                bad.setdefault(outcome.error.reason, []).append(outcome.id)
-    if first is not None:
-        raise _refusal(first, bad, account.read)
+                faults.add(outcome.error, outcome.id)
+    faults.looked_at = account.read
+    faults.refuse()
     if not account.read:
         raise RowError(f"Recipe {card['name']!r} has no rows.")
     if not examples:
-        why = "; ".join(f"{len(ids):,} {reason}" for reason, ids in account.dropped.items())
+        why = "; ".join(f"{found.rows:,} {reason}" for reason, found in account.dropped.items())
         raise RowError(f"Recipe {card['name']!r}: none of its {account.read:,} rows is used: {why}.")
     sources = {example.source for example in examples}
     if len(sources) > MAX_SOURCES:  # a column of that name that holds something else, an address say
@@ -268,19 +238,6 @@ def load_recipe(
             examples
         )
     return examples, account
-
-
-def _refusal(first: RowError, bad: Mapping[str, list[str]], read: int) -> RowError:
-    """One error for all rows that cannot be used: the first one's, then counts by reason with some ids, and what to do."""
-    count = sum(map(len, bad.values()))
-    said = "; ".join(
-        f"{len(ids):,} {reason} ({', '.join(ids[:5])}{', ...' if len(ids) > 5 else ''})" for reason, ids in bad.items()
-    )
-    return RowError(
-        f"{first}\n{count:,} of {read:,} rows cannot be used: {said}. Mend them, or leave them out: `bad_rows: drop` in a copy of "
-        "the card, or --bad_rows drop.",
-        first.reason,
-    )
 
 
 def example_of(card: Mapping[str, Any], row: Mapping[str, Any], root: Path | None) -> Example:

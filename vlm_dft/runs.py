@@ -204,6 +204,8 @@ def _check_same(output: Path, config: TrainConfig) -> None:
         return
     before: Mapping[str, Any] = yaml.safe_load((output / "config.yaml").read_text(encoding="utf-8")) or {}
     now = config.as_dict()
+    for settings in (before.get("rows") or {}, now["rows"]):
+        settings.pop("workers", None)  # the same rows, sooner or later
     changed = [k for k in now if k not in PLACES_ONLY and before.get(k) != now[k]]
     if changed:
         differences = ", ".join(f"{k}: {before.get(k)!r} there, {now[k]!r} now" for k in changed)
