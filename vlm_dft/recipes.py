@@ -7,12 +7,14 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from vlm_dft.cards import read_card
 from vlm_dft.chat import MARKERS, Example, as_example, count_markers, unroll
 from vlm_dft.errors import CardError, RowError
+from vlm_dft.prepared import is_prepared, open_prepared, prepared_card
 from vlm_dft.prompts import prompt_text
 from vlm_dft.rows import Row, fill, locate, locate_images, read_rows, source_root
 
@@ -97,7 +99,11 @@ def read_recipe(name: str) -> dict[str, Any]:
             "images": None,
             "data": str(path.parent),
         }
+    if is_prepared(name):
+        return prepared_card(name)
     card = read_card("recipe", name, required=REQUIRED, optional=OPTIONAL)
+    if isinstance(card["source"], Mapping) and "prepared" in card["source"]:
+        return {**prepared_card(card["source"]["prepared"]), **card}  # whose rows are examples already
     if ("messages" in card) == ("prompt" in card and "response" in card):
         raise CardError(f"Recipe {name!r}: give either messages, or prompt and response.")
     if not isinstance(card.get("unroll", False), bool):
@@ -110,6 +116,8 @@ def read_recipe(name: str) -> dict[str, Any]:
 def recipe_root(card: Mapping[str, Any], data: str | None) -> Path | None:
     """The folder of the recipe's files, checked to hold them. Raises CardError."""
     where = f"Recipe {card['name']!r}"
+    if "prepared" in card["source"]:
+        return None
     root = source_root(card["source"], data or card.get("data"), where=where)
     if root is None and card.get("image_root"):
         raise CardError(f"{where} takes its images from local files. Say where they are: --data DIR (or DATA=DIR).")
@@ -129,6 +137,10 @@ def places(
     card: Mapping[str, Any], root: Path | None, *, start: int = 0, limit: int | None = None
 ) -> Iterator[Row | Outcome]:
     """Every place of a recipe's files in order: its raw row, or the Outcome of one that cannot be read."""
+    if "prepared" in card["source"]:
+        end = None if limit is None else start + limit
+        yield from (Outcome(e.id, e) for e in islice(open_prepared(card["source"]["prepared"]), start, end))
+        return
     wrong: list[Outcome] = []
     rows = read_rows(
         card["source"], root, where=f"Recipe {card['name']!r}", start=start,
@@ -162,6 +174,10 @@ def load_recipe(
     root = recipe_root(card, data)
     account = Accounting(str(card["name"]))
     examples: list[Example] = []
+    if "prepared" in card["source"]:
+        examples = [found.example for found in outcomes(card, data, limit=limit) if found.example is not None]
+        account.read = len(examples)
+        return examples, account
     for k, row in enumerate(read_rows(card["source"], root, where=f"Recipe {card['name']!r}")):
         if limit is not None and k >= limit:
             break
