@@ -78,9 +78,10 @@ class _Job:
             measured = None
             if self.collator is not None:
                 outcome, measured = fitted(self.collator, outcome)
-                if outcome.example is None:
-                    return Examined(place, outcome, measured)
-            return Examined(place, outcome, measured, None if self.facts is None else self.facts(outcome.example))
+            example, facts = outcome.example, self.facts
+            return Examined(
+                place, outcome, measured, facts(example) if facts is not None and example is not None else None
+            )
         except RowError as error:
             return Examined(place, replace(outcome, example=None, error=error))
 

@@ -27,7 +27,9 @@ def ingredients(
     source = {key: value for key, value in card["source"].items() if key not in ("files", "embedded")}
     return {
         "version": VERSION,
-        "card": json.loads(json.dumps({key: value for key, value in card.items() if key not in SAID_ONLY}, default=str)),
+        "card": json.loads(
+            json.dumps({key: value for key, value in card.items() if key not in SAID_ONLY}, default=str)
+        ),
         "source": {**source, "content": source_fingerprint(card["source"], recipe_root(card, data))},
         "limit": limit,
         "measured_with": None if collator is None else collator_settings(collator),

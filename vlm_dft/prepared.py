@@ -15,7 +15,9 @@ from vlm_dft.stores import Range, Store
 WHOLE, INDEX = "prepared.json", "index.parquet"  # the first is written last: where it is, all is there
 VERSION = 1  # of the form of these files
 BLOCK = 64  # examples read at once where all are read in order
-IMAGE, VIDEO, FRAME, NEXT_FRAME = range(4)  # kinds of parts: a picture, a video file, a list's first frame and the others
+IMAGE, VIDEO, FRAME, NEXT_FRAME = range(
+    4
+)  # kinds of parts: a picture, a video file, a list's first frame and the others
 NUMBERS = ("tokens", "shard", "messages_at", "messages_length", "tools_at", "tools_length")
 PARTS = ("kind", "at", "length", "name")  # of the media of a row: where each lies in its shard
 
@@ -139,8 +141,13 @@ class Prepared(Sequence[Example]):
         return [self._example(place, read) for place in places]
 
     def __iter__(self) -> Iterator[Example]:
-        for start in range(0, len(self), BLOCK):
-            yield from self.__getitems__(range(start, min(start + BLOCK, len(self))))
+        return self.between(0, None)
+
+    def between(self, start: int, end: int | None) -> Iterator[Example]:
+        """The examples from one place to before another, in order, a block read at a time."""
+        places = range(len(self))[start:end]
+        for k in range(0, len(places), BLOCK):
+            yield from self.__getitems__(places[k : k + BLOCK])
 
     def _ranges(self, place: int) -> list[Range]:
         """Where the messages, tools and media of an example lie."""
@@ -167,7 +174,12 @@ class Prepared(Sequence[Example]):
             else:
                 videos.append([medium] if kind == FRAME else medium)
         return Example(
-            messages, images, id=self._ids[place].as_py(), source=self._sources[place].as_py(), videos=videos, tools=tools
+            messages,
+            images,
+            id=self._ids[place].as_py(),
+            source=self._sources[place].as_py(),
+            videos=videos,
+            tools=tools,
         )
 
     def _parsed(self, place: int, raw: bytes) -> list[Any]:
@@ -214,7 +226,8 @@ class Prepared(Sequence[Example]):
             raise UserError(f"{self.store}/{INDEX} is damaged: its sha256 is wrong. Restore it, or prepare again.")
         table = pq.read_table(pa.BufferReader(raw)).combine_chunks()
         column = {name: table.column(name).combine_chunks() for name in table.column_names}
-        self._numbers = {name: column[name].to_numpy() for name in NUMBERS}
+        measured = NUMBERS[self.measured_with is None :]  # there are no tokens where nothing was measured
+        self._numbers = {name: column[name].to_numpy() for name in measured}
         lists = [column[f"part_{name}"] for name in PARTS]
         self._first_part = lists[0].offsets.to_numpy()
         self._parts = {
@@ -230,3 +243,21 @@ class Prepared(Sequence[Example]):
             self._known_sources = [str(self.about["card"]["name"])]
             source = pa.DictionaryArray.from_arrays(np.zeros(len(table), np.int32), pa.array(self._known_sources))
         self._sources = source
+
+
+def media_of(examples: Sequence[Example]) -> Mapping[str, int]:
+    """How many examples have images, how many videos, and how many are text alone: as they say themselves, or counted."""
+    own: Mapping[str, int] | None = getattr(examples, "media", None)
+    if own is not None:
+        return own
+    return {
+        "images": sum(bool(e.images) for e in examples),
+        "videos": sum(bool(e.videos) for e in examples),
+        "text": sum(not (e.images or e.videos) for e in examples),
+    }
+
+
+def sources_of(examples: Sequence[Example]) -> list[str]:
+    """The sources of examples in the order of their first appearance: as they say themselves, or looked up."""
+    own: Sequence[str] | None = getattr(examples, "sources", None)
+    return list(dict.fromkeys(example.source for example in examples) if own is None else own)

@@ -214,7 +214,12 @@ class _Job:
             if shard.writer is not None:
                 shard.writer.abandon()
             return
-        said: dict[str, Any] = {"shard": None, "next": place, "account": account_as_dict(shard.account), "media": shard.media}
+        said: dict[str, Any] = {
+            "shard": None,
+            "next": place,
+            "account": account_as_dict(shard.account),
+            "media": shard.media,
+        }
         if shard.writer is not None:
             shard.writer.close()
             import pyarrow.parquet as pq
@@ -263,7 +268,9 @@ class _Job:
                 continue
             raw = self.store.read(f"{JOURNAL}/{_index(number)}")
             if hashlib.sha256(raw).hexdigest() != said["index"]:
-                raise UserError(f"{self.store}/{JOURNAL}/{_index(number)} is damaged. Remove {self.store}, and prepare again.")
+                raise UserError(
+                    f"{self.store}/{JOURNAL}/{_index(number)} is damaged. Remove {self.store}, and prepare again."
+                )
             table = pq.read_table(pa.BufferReader(raw))
             writer = writer or pq.ParquetWriter(index, table.schema)
             writer.write_table(table)
@@ -341,7 +348,8 @@ def add_account(account: Accounting, more: Mapping[str, Any]) -> None:
 def _reasons(account: Accounting) -> str:
     found = sorted(account.dropped.items(), key=lambda one: -len(one[1]))
     return "; ".join(
-        f"{reason} ({len(ids):,}: {', '.join(ids[:SHOWN_IDS])}{' ...' * (len(ids) > SHOWN_IDS)})" for reason, ids in found
+        f"{reason} ({len(ids):,}: {', '.join(ids[:SHOWN_IDS])}{' ...' * (len(ids) > SHOWN_IDS)})"
+        for reason, ids in found
     )
 
 

@@ -7,7 +7,6 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -138,8 +137,10 @@ def places(
 ) -> Iterator[Row | Outcome]:
     """Every place of a recipe's files in order: its raw row, or the Outcome of one that cannot be read."""
     if "prepared" in card["source"]:
-        end = None if limit is None else start + limit
-        yield from (Outcome(e.id, e) for e in islice(open_prepared(card["source"]["prepared"]), start, end))
+        for example in open_prepared(card["source"]["prepared"]).between(
+            start, None if limit is None else start + limit
+        ):
+            yield Outcome(example.id, example)
         return
     wrong: list[Outcome] = []
     rows = read_rows(

@@ -60,7 +60,9 @@ class Pack:
             [self._medium(image, f"{where}, image {k}", "image") for k, image in enumerate(example.images)], videos,
         )  # fmt: skip
         if packed.size() > ROW_BYTES:
-            raise RowError(f"{where}: {packed.size():,} bytes, expected at most {ROW_BYTES:,}. Shrink its media.", "row too large")
+            raise RowError(
+                f"{where}: {packed.size():,} bytes, expected at most {ROW_BYTES:,}. Shrink its media.", "row too large"
+            )
         return packed
 
     def _medium(self, source: Any, where: str, kind: str) -> Medium:
@@ -95,7 +97,9 @@ def _read(content: Any, kind: str) -> bytes:
 def _png(picture: Any, where: str) -> bytes:
     """A decoded picture, which has no file of its own, without loss."""
     if picture.mode not in PNG_MODES:
-        raise RowError(f"{where}: a decoded picture of mode {picture.mode}, which PNG does not hold. Give the file itself.")
+        raise RowError(
+            f"{where}: a decoded picture of mode {picture.mode}, which PNG does not hold. Give the file itself."
+        )
     stream = io.BytesIO()
     picture.save(stream, "PNG", compress_level=1)
     return stream.getvalue()

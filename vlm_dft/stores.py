@@ -95,7 +95,10 @@ class Store:
     def _read_spans(self, spans: Sequence[tuple[str, int, int]]) -> list[bytes]:
         if self.remote:
             system, root = self._fs()
-            paths, starts, ends = ([f"{root}/{name}" for name, _, _ in spans], *zip(*[s[1:] for s in spans], strict=True))
+            paths, starts, ends = (
+                [f"{root}/{name}" for name, _, _ in spans],
+                *zip(*[s[1:] for s in spans], strict=True),
+            )
             try:
                 read = [bytes(raw) for raw in system.cat_ranges(paths, list(starts), list(ends), on_error="raise")]
             except FileNotFoundError as error:
@@ -104,7 +107,9 @@ class Store:
             read = [os.pread(self._open(name), end - first, first) for name, first, end in spans]
         for (name, first, end), raw in zip(spans, read, strict=True):
             if len(raw) != end - first:
-                raise UserError(f"{self.url}/{name} is cut short: no bytes {first} to {end}. Restore it, or prepare again.")
+                raise UserError(
+                    f"{self.url}/{name} is cut short: no bytes {first} to {end}. Restore it, or prepare again."
+                )
         return read
 
     def put(self, name: str, file: Path) -> None:
@@ -166,7 +171,7 @@ class Store:
     def _fs(self) -> tuple[Any, str]:
         """fsspec's file system and the folder's path in it, of this process."""
         if self._process != os.getpid() or self._system[0] is None:
-            import fsspec  # type: ignore[import-untyped]
+            import fsspec
 
             self._forget()
             try:

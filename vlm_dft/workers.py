@@ -22,10 +22,14 @@ from vlm_dft.errors import UserError
 Work = Callable[[int, Any], Any]
 Chunk = list[tuple[int, Any]]
 ROWS = 32  # of a chunk at most: what a worker gets at once
-BYTES = 4 * 2**20  # of a chunk's rows, and of what is made of them, that a chunk aims at: fewer rows where these are large
+BYTES = (
+    4 * 2**20
+)  # of a chunk's rows, and of what is made of them, that a chunk aims at: fewer rows where these are large
 FIRST = 4  # rows of the first chunks, when nothing is known of their size
 WAITING = 2  # chunks that a worker has: one in work, one to go on with
-AHEAD = 3  # chunks a worker, made and not asked for yet: memory is bounded by AHEAD * workers * BYTES and the largest row
+AHEAD = (
+    3  # chunks a worker, made and not asked for yet: memory is bounded by AHEAD * workers * BYTES and the largest row
+)
 NOTHING = -1  # the place of a worker that waits
 
 
