@@ -18,8 +18,12 @@ BLOCK = 64  # examples read at once where all are read in order
 IMAGE, VIDEO, FRAME, NEXT_FRAME = range(
     4
 )  # kinds of parts: a picture, a video file, a list's first frame and the others
-NUMBERS = ("tokens", "shard", "messages_at", "messages_length", "tools_at", "tools_length")
-PARTS = ("kind", "at", "length", "name")  # of the media of a row: where each lies in its shard
+WHERE = ("shard", "messages_at", "messages_length", "tools_at", "tools_length")  # columns of the index
+
+
+def shard_name(number: int) -> str:
+    """The file of a shard. Numbers may be left out: a stretch of rows of which none is used has no file."""
+    return f"shard-{number:05d}.parquet"
 
 
 def is_prepared(name: str | Path) -> bool:
@@ -106,7 +110,7 @@ class Prepared(Sequence[Example]):
     @property
     def lengths(self) -> list[int] | None:
         """Tokens of each example as it is trained on; None if it was not measured."""
-        return None if self.measured_with is None else self._numbers["tokens"].tolist()
+        return None if self._tokens is None else self._tokens.tolist()
 
     @property
     def sources(self) -> list[str]:
@@ -119,7 +123,7 @@ class Prepared(Sequence[Example]):
         return dict(self.about["media"])
 
     def __len__(self) -> int:
-        return len(self._numbers["shard"])
+        return len(self._where)
 
     @overload
     def __getitem__(self, place: int) -> Example: ...
@@ -127,18 +131,26 @@ class Prepared(Sequence[Example]):
     def __getitem__(self, place: slice) -> list[Example]: ...
     def __getitem__(self, place: int | slice) -> Example | list[Example]:
         if isinstance(place, slice):
-            return self.__getitems__(range(*place.indices(len(self))))
+            return self.__getitems__(range(len(self))[place])
         if not -len(self) <= place < len(self):
             raise IndexError(f"{self.store} has {len(self):,} examples, and none at {place}.")
         return self.__getitems__([place % len(self)])[0]
 
     def __getitems__(self, places: Sequence[int]) -> list[Example]:
         """The examples at these places: what lies together is read together, and nothing twice."""
+        if not len(places):
+            return []
+        rows = self._where[list(places)].tolist()
+        media = [self._parts[first:end].tolist() for *_, first, end in rows]
         ranges: list[Range] = []
-        for place in places:
-            ranges += self._ranges(place)
+        for (shard, at, length, tools_at, tools_length, _, _), parts in zip(rows, media, strict=True):
+            name = self._names[shard]
+            ranges.append((name, at, length))
+            if tools_length:
+                ranges.append((name, tools_at, tools_length))
+            ranges += [(name, begin, size) for _, begin, size in parts]
         read = iter(self.store.read_ranges(ranges))
-        return [self._example(place, read) for place in places]
+        return [self._example(*one, read) for one in zip(places, rows, media, strict=True)]
 
     def __iter__(self) -> Iterator[Example]:
         return self.between(0, None)
@@ -149,47 +161,30 @@ class Prepared(Sequence[Example]):
         for k in range(0, len(places), BLOCK):
             yield from self.__getitems__(places[k : k + BLOCK])
 
-    def _ranges(self, place: int) -> list[Range]:
-        """Where the messages, tools and media of an example lie."""
-        numbers = self._numbers
-        name = self.shards[numbers["shard"][place]]["name"]
-        found = [(name, int(numbers["messages_at"][place]), int(numbers["messages_length"][place]))]
-        if length := int(numbers["tools_length"][place]):
-            found.append((name, int(numbers["tools_at"][place]), length))
-        for k in range(self._first_part[place], self._first_part[place + 1]):
-            found.append((name, int(self._parts["at"][k]), int(self._parts["length"][k])))
-        return found
-
-    def _example(self, place: int, read: Iterator[bytes]) -> Example:
-        messages = self._parsed(place, next(read))
-        tools = self._parsed(place, next(read)) if self._numbers["tools_length"][place] else []
+    def _example(self, place: int, row: list[int], parts: list[list[int]], read: Iterator[bytes]) -> Example:
+        """An example, from what the index says of it and the bytes of its values."""
+        messages = self._parsed(next(read), place, row[0])
+        tools = self._parsed(next(read), place, row[0]) if row[4] else []
         images: list[Any] = []
         videos: list[Any] = []
-        for k in range(self._first_part[place], self._first_part[place + 1]):
-            kind, medium = self._parts["kind"][k], {"bytes": next(read), "path": self._parts["name"][k].as_py()}
+        for k, (kind, _, _) in enumerate(parts, row[5]):
+            medium = {"bytes": next(read), "path": self._paths[k].as_py()}
             if kind == IMAGE:
                 images.append(medium)
             elif kind == NEXT_FRAME:
                 videos[-1].append(medium)
             else:
                 videos.append([medium] if kind == FRAME else medium)
-        return Example(
-            messages,
-            images,
-            id=self._ids[place].as_py(),
-            source=self._sources[place].as_py(),
-            videos=videos,
-            tools=tools,
-        )
+        own, source = self._ids[place].as_py(), self._sources[place].as_py()
+        return Example(messages, images, id=own, source=source, videos=videos, tools=tools)
 
-    def _parsed(self, place: int, raw: bytes) -> list[Any]:
+    def _parsed(self, raw: bytes, place: int, shard: int) -> list[Any]:
         try:
             found: list[Any] = json.loads(raw)
         except ValueError as error:
-            name = self.shards[self._numbers["shard"][place]]["name"]
             raise UserError(
-                f"{self.store}/{name} is damaged: the messages of row {self._ids[place]} are no JSON ({error}). Restore it, or "
-                "prepare again."
+                f"{self.store}/{self._names[shard]} is damaged: what it holds of row {self._ids[place]} is no JSON ({error}). Restore it, or prepare "
+                "again."
             ) from error
         return found
 
@@ -226,15 +221,16 @@ class Prepared(Sequence[Example]):
             raise UserError(f"{self.store}/{INDEX} is damaged: its sha256 is wrong. Restore it, or prepare again.")
         table = pq.read_table(pa.BufferReader(raw)).combine_chunks()
         column = {name: table.column(name).combine_chunks() for name in table.column_names}
-        measured = NUMBERS[self.measured_with is None :]  # there are no tokens where nothing was measured
-        self._numbers = {name: column[name].to_numpy() for name in measured}
-        lists = [column[f"part_{name}"] for name in PARTS]
-        self._first_part = lists[0].offsets.to_numpy()
-        self._parts = {
-            name: array.values if name == "name" else array.values.to_numpy()
-            for name, array in zip(PARTS, lists, strict=True)
-        }
-        self._ids = column["id"]
+        part = {name: column[f"part_{name}"] for name in ("kind", "at", "length", "name")}
+        ends = part["kind"].offsets.to_numpy()
+        numbers = [column[name].to_numpy() for name in WHERE]
+        self._where = np.stack([*numbers, ends[:-1], ends[1:]], axis=1, dtype=np.int64)  # WHERE, its parts from, to
+        self._parts = np.stack(
+            [part[name].values.to_numpy() for name in ("kind", "at", "length")], axis=1, dtype=np.int64
+        )
+        self._paths, self._ids = part["name"].values, column["id"]
+        self._tokens = None if self.measured_with is None else column["tokens"].to_numpy()
+        self._names = [shard_name(number) for number in range(int(self._where[:, 0].max()) + 1)]
         source = column["source"]
         self._known_sources = list(self.about["accounting"]["used_by_source"])
         from vlm_dft.recipes import MAX_SOURCES

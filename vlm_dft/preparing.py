@@ -21,7 +21,7 @@ from vlm_dft.errors import CardError, ConfigError, RowError, UserError
 from vlm_dft.examining import Examined, examine
 from vlm_dft.ingredients import differences, fingerprint_of, ingredients
 from vlm_dft.measuring import Measured
-from vlm_dft.prepared import INDEX, VERSION, WHOLE, Prepared, read_whole
+from vlm_dft.prepared import INDEX, VERSION, WHOLE, Prepared, read_whole, shard_name
 from vlm_dft.recipes import Accounting, recipe_root
 from vlm_dft.shards import Pack, Packed, ShardWriter, index_table, locate, sha256_of
 from vlm_dft.sources import DEFAULT_ACCESS
@@ -97,7 +97,7 @@ class _Shard:
 
     @property
     def name(self) -> str:
-        return f"shard-{self.number:05d}.parquet"
+        return shard_name(self.number)
 
 
 @dataclass(slots=True)
