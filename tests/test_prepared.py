@@ -468,7 +468,8 @@ def test_killed_at_any_moment_and_run_again_it_is_the_uninterrupted_one_byte_for
             process.send_signal(signal.SIGKILL)
             process.wait()
             stages[len(list(out.glob("shard-*.parquet")))] += 1
-        assert finish(start(tmp_path / "data", out, workers))[0] == 0
+        status, said, wrong_lines = finish(start(tmp_path / "data", out, workers))
+        assert status == 0, f"{said}\n{wrong_lines}"
         assert contents(out) == whole
     assert len(stages) > 1, "the kills fell at different shards"
 
