@@ -161,6 +161,19 @@ def test_lengths_and_the_account_are_those_of_measuring_every_row(tmp_path: Path
     assert (found.measured_with or {})["max_length"] == 60
 
 
+def test_an_answer_that_is_cut_counts_as_what_is_left_of_it(tmp_path: Path, processor: Any) -> None:
+    card, data = make_set(tmp_path / "data"), str(tmp_path / "data")
+    collator = ChatCollator(processor, max_length=60, too_long="shorten_answer")
+    prepare(card, data, tmp_path / "out", collator=collator)
+    found = open_prepared(tmp_path / "out")
+    batches = [collator([example]) for example in found]
+    assert found.lengths == [batch["input_ids"].shape[1] for batch in batches] and found.lengths.count(60) > 10
+    said = found.accounting
+    assert said["tokens"]["response"] == sum(int((batch["labels"] >= 0).sum()) for batch in batches)
+    whole = [ChatCollator(processor).measure(example).tokens for example in load_recipe(card, data)[0]]
+    assert sum(effect["rows"] for effect in said["changed"].values()) == sum(tokens > 60 for tokens in whole)
+
+
 def test_rows_that_cannot_be_used_refuse_the_whole_and_leave_nothing(tmp_path: Path) -> None:
     card = make_set(tmp_path / "data", broken=(41, 60))
     with pytest.raises(
@@ -213,8 +226,10 @@ def test_a_used_collator_has_the_settings_of_a_fresh_one(tmp_path: Path, process
     """A call sets padding in the tokenizer, which is part of it."""
     card, data = make_set(tmp_path / "data"), str(tmp_path / "data")
     collator = ChatCollator(processor, max_length=200)
+    collator.tokenizer.backend_tokenizer.no_padding()
     before = cache_folder(card, data, collator=collator)
     collator(drawn[:3])
+    collator.tokenizer.backend_tokenizer.enable_padding()
     assert cache_folder(card, data, collator=collator) == before
     assert cache_folder(card, data, collator=ChatCollator(processor, max_length=200, packing=True)) == before
     assert cache_folder(card, data, collator=ChatCollator(processor, max_length=201)) != before
@@ -515,6 +530,21 @@ def test_killed_around_any_file_it_goes_on_to_the_same_bytes(at: str, after: boo
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+@pytest.mark.usefixtures("small_shards")
+@pytest.mark.parametrize("damage", ["gone", "cut"])
+def test_a_shard_that_was_lost_before_the_end_is_made_again(damage: str, tmp_path: Path) -> None:
+    card, data, out = make_set(tmp_path / "data"), str(tmp_path / "data"), tmp_path / "out"
+    prepare(card, data, tmp_path / "whole")
+    assert prepare_and_die(card, data, out, "index.parquet", after=False) == signal.SIGKILL
+    if damage == "gone":
+        (out / "shard-00001.parquet").unlink()
+    else:
+        (out / "shard-00001.parquet").write_bytes(b"PAR1")
+    said = list[str]()
+    prepare(card, data, out, echo=said.append)
+    assert said == ["going on after row 40: 1 shard is whole"] and contents(out) == contents(tmp_path / "whole")
+
+
 def die(example: Example) -> None:
     if example.id == "r45":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -585,7 +615,7 @@ def test_an_interrupt_ends_all_workers_without_a_flood_of_tracebacks(tmp_path: P
     wait_for(tmp_path / "begun")
     children = psutil.Process(process.pid).children()
     assert len(children) == 2
-    for one in (process.pid, *(child.pid for child in children)):  # as a terminal sends it: to all of the group
+    for one in (*(child.pid for child in children), process.pid):  # as a terminal sends it: to all of the group
         os.kill(one, signal.SIGINT)
     status, _, wrong_lines = finish(process)
     assert status != 0 and wrong_lines.count("Traceback") == 1

@@ -134,7 +134,8 @@ class _Job:
             )
         self.done = list(self._whole_parts())
         if self.done:
-            say(f"going on after row {self.done[-1]['next']:,}: {len(self.done)} shards are whole")
+            count = "1 shard is" if len(self.done) == 1 else f"{len(self.done)} shards are"
+            say(f"going on after row {self.done[-1]['next']:,}: {count} whole")
 
     def work(self, title: str | None) -> dict[str, Any]:
         """Write what is missing. Returns what prepared.json says."""
