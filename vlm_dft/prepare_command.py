@@ -48,7 +48,8 @@ def add_prepare(commands: Any) -> None:
     )
     prepare.add_argument("--json", metavar="FILE", help="write what was made, and the account, here too")
     for name, text in SETTINGS.items():
-        prepare.add_argument(f"--{name.replace('_', '-')}", f"--{name}", dest=name, help=text)
+        spelt = dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name}"))  # as `train` spells it, too
+        prepare.add_argument(*spelt, dest=name, help=text)
     prepare.set_defaults(run=run_prepare)
 
 
