@@ -14,6 +14,7 @@ from vlm_dft.cards import find_card, nearest, read_card
 from vlm_dft.chat import Example, unroll
 from vlm_dft.errors import CardError, RowError
 from vlm_dft.mixture_cards import check_row_rules, is_mixture_file, read_mixture, sources_in
+from vlm_dft.prepared import is_prepared, open_prepared, prepared_card
 from vlm_dft.recipe_cards import OPTIONAL, REQUIRED, check_recipe
 from vlm_dft.row_examples import filtered, made_of, where_of
 from vlm_dft.row_formats import Detected, agree, detect, format_of
@@ -54,9 +55,13 @@ def read_recipe(name: str, within: Sequence[Path] = ()) -> dict[str, Any]:
             "source": {"files": [str(path.resolve())]},  # the images alone are relative to --data
             "data": str(path.parent),
         }
+    if is_prepared(name):
+        return prepared_card(name)
     if is_mixture_file(find_card("recipe", name)):
         return read_mixture(name, read_recipe, within)
     card = read_card("recipe", name, required=REQUIRED, optional=OPTIONAL)
+    if isinstance(card["source"], Mapping) and "prepared" in card["source"]:
+        return {**prepared_card(card["source"]["prepared"]), **card}  # whose rows are examples already
     check_recipe(card, where=f"Recipe {name!r}")
     check_row_rules(card)
     return card
@@ -65,6 +70,8 @@ def read_recipe(name: str, within: Sequence[Path] = ()) -> dict[str, Any]:
 def recipe_root(card: Mapping[str, Any], data: str | None) -> Path | None:
     """The folder of the recipe's files, checked to hold them. Raises CardError."""
     where = f"Recipe {card['name']!r}"
+    if "prepared" in card["source"]:
+        return None
     root = source_root(card["source"], data or card.get("data"), where=where)
     if root is None and card.get("image_root"):
         raise CardError(f"{where} takes its images from local files. Say where they are: --data DIR (or DATA=DIR).")
@@ -96,6 +103,11 @@ def places(
 
     Raises CardError where the rows lack a column that the card relies on.
     """
+    if "prepared" in card["source"]:
+        end = None if limit is None else start + limit
+        for example in open_prepared(card["source"]["prepared"]).between(start, end):
+            yield Outcome(example.id, example)
+        return
     first = None
     if start:  # the first row says the format, wherever reading goes on
         first = next((found for row in _read(card, root, 0) if (found := _look_at(card, row))), None)
