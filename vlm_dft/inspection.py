@@ -16,8 +16,8 @@ from vlm_dft.errors import RowError, printable
 from vlm_dft.explain import Explained, TokenView, mask_report
 from vlm_dft.fitting import fit
 from vlm_dft.mixture_cards import sources_in
-from vlm_dft.recipes import example_of, recipe_root
-from vlm_dft.rows import read_rows
+from vlm_dft.recipes import Outcome, example_of, places, recipe_root
+from vlm_dft.rows import Row
 
 if TYPE_CHECKING:
     from vlm_dft.collators import ChatCollator
@@ -80,7 +80,7 @@ def _of_source(
 ) -> Iterator[Inspected]:
     root, where = recipe_root(card, data), f"Recipe {card['name']!r}"
     k, shown = 0, 0
-    for k, row in enumerate(read_rows(card["source"], root, where=where), 1):
+    for k, row in enumerate(places(card, root), 1):
         if k > start:
             yield _inspect(card, row, root, collator)
             shown += 1
@@ -90,10 +90,13 @@ def _of_source(
         raise RowError(f"{where} has {k} rows, so none at --start {start} (the first is 0).")
 
 
-def _inspect(card: Mapping[str, Any], row: Mapping[str, Any], root: Path | None, collator: ChatCollator) -> Inspected:
-    name = f"{card['name']} {row['id']}"
+def _inspect(card: Mapping[str, Any], row: Row | Outcome, root: Path | None, collator: ChatCollator) -> Inspected:
+    name = f"{card['name']} {row.id if isinstance(row, Outcome) else row['id']}"
+    if isinstance(row, Outcome) and row.error is not None:
+        return Inspected(name, failed=str(row.error))
     try:
-        example = example_of(card, row, root)
+        example = row.example if isinstance(row, Outcome) else example_of(card, row, root)
+        assert example is not None, "an outcome of a place that was read is an example or an error"
         measured, effect = collator.measure(example), ""
         if collator.max_length is not None and measured.tokens > collator.max_length:
             fitted, effect = fit(collator, example, name)

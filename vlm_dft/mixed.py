@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, overload
 
@@ -130,21 +130,3 @@ def places_by_source(examples: Sequence[Example]) -> dict[str, list[int]]:
     for k, example in enumerate(examples):
         places.setdefault(example.source, []).append(k)
     return places
-
-
-def sources_of(examples: Sequence[Example]) -> list[str]:
-    """The sources of examples in the order of their first appearance: as they say themselves, or looked up."""
-    own: Sequence[str] | None = getattr(examples, "sources", None)
-    return list(dict.fromkeys(example.source for example in examples) if own is None else own)
-
-
-def media_of(examples: Sequence[Example]) -> Mapping[str, int]:
-    """How many examples have images, how many videos, and how many are text alone: as they say themselves, or counted."""
-    own: Mapping[str, int] | None = getattr(examples, "media", None)
-    if own is not None:
-        return own
-    return {
-        "images": sum(bool(e.images) for e in examples),
-        "videos": sum(bool(e.videos) for e in examples),
-        "text": sum(not (e.images or e.videos) for e in examples),
-    }

@@ -14,6 +14,7 @@ from vlm_dft.cards import find_card, read_card
 from vlm_dft.chat import MARKERS, Example, as_example, count_markers, unroll
 from vlm_dft.errors import CardError, RowError
 from vlm_dft.mixture_cards import check_row_rules, is_mixture_file, read_mixture, sources_in
+from vlm_dft.prepared import is_prepared, open_prepared, prepared_card
 from vlm_dft.prompts import prompt_text
 from vlm_dft.rows import Row, fill, locate, locate_images, read_rows, source_root
 
@@ -63,9 +64,13 @@ def read_recipe(name: str, within: Sequence[Path] = ()) -> dict[str, Any]:
             "images": None,
             "data": str(path.parent),
         }
+    if is_prepared(name):
+        return prepared_card(name)
     if is_mixture_file(find_card("recipe", name)):
         return read_mixture(name, read_recipe, within)
     card = read_card("recipe", name, required=REQUIRED, optional=OPTIONAL)
+    if isinstance(card["source"], Mapping) and "prepared" in card["source"]:
+        return {**prepared_card(card["source"]["prepared"]), **card}  # whose rows are examples already
     if ("messages" in card) == ("prompt" in card and "response" in card):
         raise CardError(f"Recipe {name!r}: give either messages, or prompt and response.")
     if not isinstance(card.get("unroll", False), bool):
@@ -79,6 +84,8 @@ def read_recipe(name: str, within: Sequence[Path] = ()) -> dict[str, Any]:
 def recipe_root(card: Mapping[str, Any], data: str | None) -> Path | None:
     """The folder of the recipe's files, checked to hold them. Raises CardError."""
     where = f"Recipe {card['name']!r}"
+    if "prepared" in card["source"]:
+        return None
     root = source_root(card["source"], data or card.get("data"), where=where)
     if root is None and card.get("image_root"):
         raise CardError(f"{where} takes its images from local files. Say where they are: --data DIR (or DATA=DIR).")
@@ -88,8 +95,7 @@ def recipe_root(card: Mapping[str, Any], data: str | None) -> Path | None:
 def check_places(card: Mapping[str, Any], data: str | None) -> None:
     """Check that the files of a recipe, or of every source of a mixture, are there. Raises CardError."""
     for one in sources_in(card, data):
-        if "prepared" not in one.card["source"]:
-            recipe_root(one.card, one.data)
+        recipe_root(one.card, one.data)
 
 
 def outcomes(
@@ -105,6 +111,12 @@ def places(
     card: Mapping[str, Any], root: Path | None, *, start: int = 0, limit: int | None = None
 ) -> Iterator[Row | Outcome]:
     """Every place of a recipe's files in order: its raw row, or the Outcome of one that cannot be read."""
+    if "prepared" in card["source"]:
+        for example in open_prepared(card["source"]["prepared"]).between(
+            start, None if limit is None else start + limit
+        ):
+            yield Outcome(example.id, example)
+        return
     wrong: list[Outcome] = []
     rows = read_rows(
         card["source"], root, where=f"Recipe {card['name']!r}", start=start,
@@ -138,6 +150,10 @@ def load_recipe(
     root = recipe_root(card, data)
     account = Accounting(str(card["name"]))
     examples: list[Example] = []
+    if "prepared" in card["source"]:
+        examples = [found.example for found in outcomes(card, data, limit=limit) if found.example is not None]
+        account.read = len(examples)
+        return examples, account
     for k, row in enumerate(read_rows(card["source"], root, where=f"Recipe {card['name']!r}")):
         if limit is not None and k >= limit:
             break

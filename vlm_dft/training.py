@@ -31,7 +31,6 @@ from vlm_dft.finishing import finish, finished_lines, read_finished
 from vlm_dft.live import Known, View
 from vlm_dft.locate import base_model, resolve_model
 from vlm_dft.loss_head import Kl, attach_loss, check_loss
-from vlm_dft.mixed import media_of, sources_of
 from vlm_dft.models import (
     check_precision,
     choose_attention,
@@ -41,6 +40,7 @@ from vlm_dft.models import (
 )
 from vlm_dft.pace import Pace
 from vlm_dft.parts import Parts, draw_parts, prepare_parts
+from vlm_dft.prepared import media_of, sources_of
 from vlm_dft.progress import Metrics
 from vlm_dft.proof import SEEING, GradientProof
 from vlm_dft.recompute import use_recompute
@@ -71,9 +71,9 @@ class _Rows(Dataset[Example]):
         return self.examples[k]
 
     def __getitems__(self, places: list[int]) -> list[Example]:
+        """A micro-batch at a time, where the examples are read faster so."""
         own = getattr(self.examples, "__getitems__", None)
-        found: list[Example] = own(places) if callable(own) else [self.examples[k] for k in places]
-        return found
+        return own(places) if callable(own) else [self.examples[k] for k in places]
 
 
 class _Loss(TrainerCallback):
@@ -194,8 +194,9 @@ def needs_dummy_image(model: Any, arguments: TrainingArguments, examples: Sequen
     split = getattr(arguments, "fsdp_plugin_args", None) is not None or (deepspeed is not None and deepspeed.is_zero3())
     if arguments.world_size == 1:
         return False
-    has = media_of(examples)
-    if split and has["images"] and has["videos"]:
+    media = media_of(examples)
+    pictures, videos = media["images"], media["videos"]
+    if split and pictures and videos:
         raise ModelError(
             "ZeRO-3 and FSDP gather the vision tower once for the pictures and once for the videos of a batch, and the processes "
             "would wait for each other where one has no videos. Train pictures and videos apart, or with zero2 or DDP."
@@ -203,7 +204,7 @@ def needs_dummy_image(model: Any, arguments: TrainingArguments, examples: Sequen
     family = find_family(model)
     towers = (p for name, p in model.named_parameters() if part_of(name, family) in ("vision", "merger"))
     trained = any(parameter.requires_grad for parameter in towers)
-    return bool(has["text"] and (trained or (split and (has["images"] or has["videos"]))))
+    return bool(media["text"] and (trained or (split and (pictures or videos))))
 
 
 def train_objective(
