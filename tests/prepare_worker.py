@@ -1,8 +1,9 @@
 """Run by test_prepared.py in a process of its own: prepares the rows of a folder in small shards, to be killed or raced.
 
-python tests/prepare_worker.py DATA OUTPUT [WORKERS [SECONDS TO REST AT EACH ROW [FILE TO TOUCH ONCE IT WORKS]]]
+python tests/prepare_worker.py DATA OUTPUT [WORKERS [SECONDS TO REST AT EACH ROW [FILE TO TOUCH ONCE IT, OR A WORKER, WORKS]]]
 """
 
+import multiprocessing
 import sys
 import time
 from pathlib import Path
@@ -20,7 +21,7 @@ class Slowly(Pack):
     """Packs with a rest, so that a kill falls somewhere in the work."""
 
     def __call__(self, example: Example):  # type: ignore[no-untyped-def]
-        if begun:
+        if begun and (workers == "0" or multiprocessing.parent_process() is not None):
             Path(begun).touch()
         time.sleep(float(rest))
         return super().__call__(example)

@@ -461,14 +461,17 @@ def test_killed_at_any_moment_and_run_again_it_is_the_uninterrupted_one_byte_for
     for attempt in range(4):
         out = tmp_path / f"out{attempt}"
         for kill in range(draw.choice((1, 2))):
-            begun = tmp_path / f"begun{attempt}-{kill}"
-            process = start(tmp_path / "data", out, workers, 0.008, begun)
+            process = start(tmp_path / "data", out, workers, 0.004, begun := tmp_path / f"begun{attempt}-{kill}")
             wait_for(begun)
-            time.sleep(draw.uniform(0, 210 * 0.008 * 1.1 / max(1, workers)))
+            shards_there = draw.randint(0, 5)  # and then at any moment of the next one
+            while process.poll() is None and len(list(out.glob("shard-*.parquet"))) < shards_there:
+                time.sleep(0.002)
+            time.sleep(draw.uniform(0, 0.2))
             process.send_signal(signal.SIGKILL)
-            process.wait()
+            process.communicate()
             stages[len(list(out.glob("shard-*.parquet")))] += 1
-        assert finish(start(tmp_path / "data", out, workers))[0] == 0
+        status, said, wrong_lines = finish(start(tmp_path / "data", out, workers))
+        assert status == 0, f"{said}\n{wrong_lines}"
         assert contents(out) == whole
     assert len(stages) > 1, "the kills fell at different shards"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from vlm_dft.workers import in_parallel
 if TYPE_CHECKING:
     from vlm_dft.collators import ChatCollator
 
+HERE = 4  # rows examined before there are workers: what a collator finds out once of its processor, they know then
 Facts = Callable[[Example], Any]  # may raise RowError; what it gives is pickled
 
 
@@ -50,9 +52,10 @@ def examine(
     root = recipe_root(card, data)
     job = _Job(card, root, collator, facts)
     numbered = enumerate(places(card, root, start=start, limit=limit), start)
+    here = numbered if not workers else islice(numbered, HERE)
+    for place, row in here:
+        yield from job(place, row)
     if not workers:
-        for place, row in numbered:
-            yield from job(place, row)
         return
     for found in in_parallel(job, numbered, workers, what=f"recipe {card['name']!r}"):
         yield from found

@@ -219,7 +219,9 @@ class Prepared(Sequence[Example]):
         raw = self.store.read(INDEX)
         if hashlib.sha256(raw).hexdigest() != self.about["index"]["sha256"]:
             raise UserError(f"{self.store}/{INDEX} is damaged: its sha256 is wrong. Restore it, or prepare again.")
-        table = pq.read_table(pa.BufferReader(raw)).combine_chunks()
+        table = (
+            pq.ParquetFile(pa.BufferReader(raw)).read(use_threads=False).combine_chunks()
+        )  # no threads: forks follow
         column = {name: table.column(name).combine_chunks() for name in table.column_names}
         part = {name: column[f"part_{name}"] for name in ("kind", "at", "length", "name")}
         ends = part["kind"].offsets.to_numpy()

@@ -299,7 +299,7 @@ class _Job:
                 raise UserError(
                     f"{self.store}/{JOURNAL}/{_index(number)} is damaged. Remove {self.store}, and prepare again."
                 )
-            table = pq.read_table(pa.BufferReader(raw))
+            table = pq.ParquetFile(pa.BufferReader(raw)).read(use_threads=False)
             writer = writer or pq.ParquetWriter(index, table.schema)
             writer.write_table(table)
         assert writer is not None

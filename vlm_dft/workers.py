@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import multiprocessing
+import os
 import pickle
 import queue
 import signal
@@ -158,6 +159,7 @@ def _serve(work: Work, pipe: Connection, parents: Connection, at: Any) -> None:
     parents.close()  # else it would never see the other process end
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other process ends it
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # said here, tokenizers need not warn that they were forked
     if (torch := sys.modules.get("torch")) is not None:
         torch.set_num_threads(1)
     chunks: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
