@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -30,7 +29,6 @@ from vlm_dft.sameness import Twins, embedded_bytes, fingerprint, likeness
 from vlm_dft.stored_parts import stored_part
 
 Echo = Callable[[Any], None]
-FEW = 512  # rows that are looked at in this process before others are started
 MOST_WORKERS = 8
 EMBEDDED = 256 * 2**20  # bytes of pictures inside the rows that may stay in memory; sources with more are prepared
 
@@ -96,7 +94,7 @@ def gather(
     """Read, measure, mix and account for all of a recipe.
 
     limit: only the first rows of every source. bad_rows: "refuse" or "drop", for all of its sources; None: as the cards say.
-    workers: processes that measure; None: none for a small set, else as many as the machine has cores to spare.
+    workers: processes that read and measure; None: as many as the machine has cores to spare (none for few rows).
     Raises RowError for rows that cannot be used, and for a recipe of which nothing is left.
     """
     faults, parts, accounts = Faults(), list[Part](), list[Accounting]()
@@ -198,20 +196,16 @@ class _Reading:
         return rows.part(self.dress), account
 
     def _examined(self) -> Iterator[Examined]:
-        """The source's rows, looked at in this process while they are few."""
-        words: dict[str, Any] = {"collator": self.collator, "facts": likeness}
-        card, data, workers = self.source.card, self.source.data, self.workers
-        if workers is not None:
-            return examine(card, data, workers=workers, limit=self.limit, **words)
-        first = examine(card, data, limit=FEW if self.limit is None else min(FEW, self.limit), **words)
-        return chain(first, self._more(words))
-
-    def _more(self, words: dict[str, Any]) -> Iterator[Examined]:
-        left = None if self.limit is None else self.limit - FEW
-        if left is None or left > 0:
-            yield from examine(
-                self.source.card, self.source.data, start=FEW, limit=left, workers=spare_workers(), **words
-            )
+        """The source's rows, in order."""
+        workers = spare_workers() if self.workers is None else self.workers
+        return examine(
+            self.source.card,
+            self.source.data,
+            collator=self.collator,
+            facts=likeness,
+            workers=workers,
+            limit=self.limit,
+        )
 
     def take(self, account: Accounting, one: Examined, twins: Twins | None) -> bool:
         """Account for a row. Returns whether it is used."""
