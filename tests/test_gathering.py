@@ -134,7 +134,6 @@ def test_the_faults_of_all_sources_of_a_mixture_are_told_at_once(tmp_path: Path,
 def test_the_result_does_not_depend_on_the_number_of_workers(
     tmp_path: Path, collator: ChatCollator, workers: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vlm_dft.examining.HERE", 70)  # so that others are started after 70 rows
     monkeypatch.setattr(gathering, "spare_workers", lambda: 2)
     rows = [
         said(f"<image>{k % 90}", id=k, images=[picture(tmp_path, f"{k % 5}.png", side=56 + 28 * (k % 5))])

@@ -19,7 +19,7 @@ from vlm_dft.workers import in_parallel
 if TYPE_CHECKING:
     from vlm_dft.collators import ChatCollator
 
-HERE = 64  # rows examined before there are workers: few need none, and what a collator finds out once of its processor, they know then
+HERE = 4  # rows examined before there are workers: what a collator finds out once of its processor, they know then
 Facts = Callable[[Example], Any]  # may raise RowError; what it gives is pickled
 
 

@@ -29,7 +29,7 @@ from vlm_dft.sameness import Twins, embedded_bytes, fingerprint, likeness
 from vlm_dft.stored_parts import stored_part
 
 Echo = Callable[[Any], None]
-MOST_WORKERS = 8
+FEW, MOST_WORKERS = 512, 8  # rows for which no processes are started; processes at most
 EMBEDDED = 256 * 2**20  # bytes of pictures inside the rows that may stay in memory; sources with more are prepared
 
 
@@ -197,15 +197,15 @@ class _Reading:
 
     def _examined(self) -> Iterator[Examined]:
         """The source's rows, in order."""
-        workers = spare_workers() if self.workers is None else self.workers
-        return examine(
-            self.source.card,
-            self.source.data,
-            collator=self.collator,
-            facts=likeness,
-            workers=workers,
-            limit=self.limit,
-        )
+        words: dict[str, Any] = {"collator": self.collator, "facts": likeness, "limit": self.limit}
+        return examine(self.source.card, self.source.data, workers=self._processes(), **words)
+
+    def _processes(self) -> int:
+        """How many measure: none where the rows are known to be few, if the run does not say."""
+        if self.workers is not None:
+            return self.workers
+        rows = [count for count in (self.limit, self.source.card.get("rows")) if count]
+        return 0 if rows and min(rows) <= FEW else spare_workers()
 
     def take(self, account: Accounting, one: Examined, twins: Twins | None) -> bool:
         """Account for a row. Returns whether it is used."""
@@ -240,10 +240,8 @@ class _Reading:
         self.echo(
             f"      {self.source.name} holds over {EMBEDDED // 2**20} MB of pictures itself: prepared in {folder}"
         )
-        workers = spare_workers() if self.workers is None else self.workers
-        prepare(
-            card, self.source.data, folder, collator=self.collator, workers=workers, limit=self.limit, bad_rows=self.bad_rows, echo=self.echo
-        )  # fmt: skip
+        words: dict[str, Any] = {"collator": self.collator, "limit": self.limit, "bad_rows": self.bad_rows}
+        prepare(card, self.source.data, folder, workers=self._processes(), echo=self.echo, **words)
         return self._opened(str(folder), None)
 
     def stored(self) -> tuple[Part, Accounting]:

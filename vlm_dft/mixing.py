@@ -70,12 +70,12 @@ def mix(
     Raises CardError for an entry without rows, or with so small a proportion that none of its rows is used.
     """
     drawn, capped = [], []
-    for entry, own in zip(entries, lengths, strict=True):
-        order_of_rows = seeded_order(len(own), f"{seed}/{within}/{entry.name}")
-        kept = _within_cap(entry, np.asarray(own, np.int64), order_of_rows)
+    sizes = [np.asarray(own, np.int64) for own in lengths]
+    for entry, size in zip(entries, sizes, strict=True):
+        order_of_rows = seeded_order(len(size), f"{seed}/{within}/{entry.name}")
+        kept = _within_cap(entry, size, order_of_rows)
         drawn.append(order_of_rows[:kept])
         capped.append(np.sort(order_of_rows[kept:]))
-    sizes = [np.asarray(own, np.int64) for own in lengths]
     picks, left = [], []
     for rows, count in zip(drawn, _counts(entries, drawn, sizes), strict=True):
         passes, more = divmod(count, len(rows))
