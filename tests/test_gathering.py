@@ -27,7 +27,8 @@ from vlm_dft.chat import Example
 from vlm_dft.collators import ChatCollator
 from vlm_dft.errors import CardError, RowError
 from vlm_dft.gathering import Gathered, gather
-from vlm_dft.mixed import Mixed, media_of, places_by_source, sources_of
+from vlm_dft.mixed import Mixed, places_by_source
+from vlm_dft.prepared import media_of, sources_of
 from vlm_dft.recipes import read_recipe
 
 Row = dict[str, Any]
@@ -199,7 +200,7 @@ def three(folder: Path, **more: Any) -> dict[str, Any]:
         "texts": [said(f"t{k}", answer="long words " * 5, id=f"t{k}", source="own") for k in range(20)],
         "few": [said(f"f{k}", id=f"f{k}") for k in range(3)],
     }
-    cards = {name: card_of(folder, name, own, images="images") for name, own in rows.items()}
+    cards = {name: card_of(folder, name, own) for name, own in rows.items()}
     entries = [
         {"recipe": cards["pictures"], "objective": "nll", "loss_weight": 0.5}, {"recipe": cards["texts"], "cap": 7, "name": "words"},
         {"recipe": cards["few"], "repeat": 2},

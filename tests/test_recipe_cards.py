@@ -36,7 +36,11 @@ def answers(examples: list[Any]) -> list[Any]:
 
 
 def counts(found: Any) -> dict[str, int]:
-    return {what: len(ids) for what, ids in found.items()}
+    return {what: rows.rows for what, rows in found.items()}
+
+
+def ids(found: Any) -> dict[str, list[str]]:
+    return {what: rows.ids for what, rows in found.items()}
 
 
 # What a card may say
@@ -63,7 +67,7 @@ def counts(found: Any) -> dict[str, int]:
         ({"objective": "dtf"}, r"unknown objective 'dtf'. Did you mean 'dft'\?"),
         ({"weight": 0}, "weight must be a finite number above 0, found 0"),
         ({"weight": True}, "weight must be a finite number above 0, found True"),
-        ({"bad_rows": "skip"}, "bad_rows must be refuse or drop, found 'skip'"),
+        ({"bad_rows": "skip"}, "bad_rows must be one of refuse, drop, found 'skip'"),
         ({"columns": "q"}, "columns must be a list of columns' names"),
         ({"rows": "many"}, "rows must be a whole number above zero"),
         ({"keep": {"q": {"mni": 1}}}, r"unknown key 'mni'. Did you mean 'min'\?"),
@@ -113,7 +117,7 @@ def test_an_ending_states_the_answer_once_and_says_how_often(tmp_path: Path) -> 
     ]
     examples, account = load(tmp_path, rows, **OWN, answer="{g}", ending="The answer is {answer}.")
     assert answers(examples) == ["So.\nThe answer is 5.", "So. The answer is 6.", "The answer is 1.\nThe answer is 7."]
-    assert account.changed == {"ending appended": ["0"], "ending appended after another of its kind": ["2"]}
+    assert ids(account.changed) == {"ending appended": ["0"], "ending appended after another of its kind": ["2"]}
     with pytest.raises(RowError, match="row 0: the answer is empty"):
         load(tmp_path, [{"q": "q", "a": "So.", "answer": " "}], **OWN, ending="The answer is {answer}.")
 
@@ -193,14 +197,14 @@ def test_the_system_text_of_a_card_stands_first_and_a_rows_own_stays(tmp_path: P
         {"role": "system", "content": "be brief"},
         {"role": "system", "content": "own"},
     ]
-    assert account.changed == {"the row's own system prompt kept": ["1"]}
+    assert ids(account.changed) == {"the row's own system prompt kept": ["1"]}
 
 
 def test_filtered_rows_are_dropped_for_their_reason_and_counted(tmp_path: Path) -> None:
     rows = [{"q": "q", "a": "a", "grade": grade} for grade in (2, 3, 5, 9)]
     examples, account = load(tmp_path, rows, **OWN, keep={"grade": {"min": 3, "max": 8}})
     assert [e.id for e in examples] == ["1", "2"] and account.read == 4
-    assert account.dropped == {"filtered: grade is not 3 to 8": ["0", "3"]}
+    assert ids(account.dropped) == {"filtered: grade is not 3 to 8": ["0", "3"]}
     with pytest.raises(RowError, match=r"none of its 4 rows is used: 4 filtered: grade is not at least 10"):
         load(tmp_path, rows, **OWN, keep={"grade": {"min": 10}})
 
@@ -250,7 +254,7 @@ def test_bad_rows_are_dropped_by_reason_where_the_card_says_so(tmp_path: Path) -
     examples, account = load(tmp_path, BAD, **OWN, images="i", bad_rows="drop")
     assert [e.id for e in examples] == ["0", "8"] and answers(examples) == ["a", "7"]
     assert account.read == 10 == len(examples) + sum(counts(account.dropped).values())
-    assert account.dropped["column a is null"] == ["1", "9"]
+    assert account.dropped["column a is null"].ids == ["1", "9"]
 
 
 def test_nulls_and_nan_of_a_table_are_said_and_a_null_picture_is_none(tmp_path: Path) -> None:
@@ -335,7 +339,7 @@ def test_one_composite_picture_for_numbered_markers_is_used_and_said(shared: Pat
     many = [row["id"] for row in rows if "<image2>" in row["question"]]
     examples, account = load_recipe(found, str(shared / "mathvision"))
     assert len(examples) == len(rows) and many
-    assert account.changed == {"numbered image markers kept as text, the one image first": many}
+    assert ids(account.changed) == {"numbered image markers kept as text, the one image first": many}
     for example, row in zip(examples, rows, strict=True):
         parts = example.messages[0]["content"]
         assert [p["type"] for p in parts].count("image") == len(example.images) >= 1

@@ -123,7 +123,7 @@ def test_a_missing_data_folder_or_file_is_said_before_reading(tmp_path: Path) ->
 def test_tabmwp_rows_end_in_the_answer_as_its_benchmark_extracts_it(shared: Path) -> None:
     examples, account = load_recipe(read_recipe("tabmwp"), str(shared / "tabmwp"))
     assert account.read == len(examples) == 850
-    assert {effect: len(ids) for effect, ids in account.changed.items()} == {"ending appended": 850}
+    assert {effect: found.rows for effect, found in account.changed.items()} == {"ending appended": 850}
     raw = {r["id"]: r for r in read_rows({"files": "data/tabmwp/problems_train.json"}, shared / "tabmwp", where="t")}
     for example in examples:
         row, response = raw[example.id], example.messages[1]["content"]

@@ -218,12 +218,13 @@ class Faults:
     """Rows that cannot be used where the card refuses them: counted until all were looked at, then one error."""
 
     looked_at: int = 0
-    first: str = ""
+    first: str = ""  # message
+    reason: str = ""
     reasons: dict[str, Rows] = field(default_factory=dict)
 
     def add(self, error: RowError, row_id: str) -> None:
         """One more."""
-        self.first = self.first or str(error)
+        self.first, self.reason = (self.first, self.reason) if self.first else (str(error), error.reason)
         self.reasons.setdefault(error.reason, Rows()).add(row_id)
 
     def refuse(self) -> None:
@@ -237,5 +238,6 @@ class Faults:
         )
         raise RowError(
             f"{self.first}\n{count:,} of {self.looked_at:,} rows cannot be used: {said}. Mend them, or leave them out: `bad_rows: drop` "
-            "in a copy of the card, or --bad_rows drop."
+            "in a copy of the card, or --bad_rows drop.",
+            self.reason,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,12 +51,12 @@ def examine(
     """
     root = recipe_root(card, data)
     job = _Job(card, root, collator, facts)
-    numbered = enumerate(places(card, root, start=start, limit=limit), start)
-    here = numbered if not workers else islice(numbered, HERE)
-    for place, row in here:
+    numbered: Iterator[tuple[int, Row | Outcome]] = enumerate(places(card, root, start=start, limit=limit), start)
+    for place, row in islice(numbered, HERE) if workers else numbered:
         yield from job(place, row)
-    if not workers:
+    if (ahead := next(numbered, None)) is None:
         return
+    numbered = chain([ahead], numbered)
     for found in in_parallel(job, numbered, workers, what=f"recipe {card['name']!r}"):
         yield from found
 

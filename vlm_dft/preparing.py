@@ -15,14 +15,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlm_dft.accounting import Accounting
 from vlm_dft.bars import Bar
 from vlm_dft.claims import claimed
 from vlm_dft.errors import CardError, ConfigError, RowError, UserError
 from vlm_dft.examining import Examined, examine
 from vlm_dft.ingredients import differences, fingerprint_of, ingredients
-from vlm_dft.measuring import Measured
+from vlm_dft.measuring import within
 from vlm_dft.prepared import INDEX, VERSION, WHOLE, Prepared, read_whole, shard_name
-from vlm_dft.recipes import Accounting, recipe_root
+from vlm_dft.recipes import recipe_root
 from vlm_dft.shards import Pack, Packed, ShardWriter, index_table, locate, sha256_of
 from vlm_dft.sources import DEFAULT_ACCESS
 from vlm_dft.stores import Store
@@ -113,6 +114,7 @@ class _Job:
     done: list[dict[str, Any]] = field(default_factory=list)  # what the journal says of each whole shard
     wrong: Accounting = field(default_factory=lambda: Accounting(""))  # rows that cannot be used
     first_error: RowError | None = None
+    seen: set[bytes] = field(default_factory=set)  # likeness of the examples before
 
     def begin(self, say: Echo) -> None:
         """Find out what has been done before. Raises ConfigError where the folder is not ours."""
@@ -133,6 +135,9 @@ class _Job:
                 f"{self.store} was begun with something else: {differences(begun, self.made_from)}. Choose another folder, or remove it."
             )
         self.done = list(self._whole_parts())
+        self.seen = {
+            alike for number, said in enumerate(self.done) if said["shard"] for alike in self._likeness(number)
+        }
         if self.done:
             count = "1 shard is" if len(self.done) == 1 else f"{len(self.done)} shards are"
             say(f"going on after row {self.done[-1]['next']:,}: {count} whole")
@@ -189,14 +194,24 @@ class _Job:
             account.drop(outcome.dropped, outcome.id)
             return
         packed: Packed = found.facts
+        alike = packed.likeness()
+        if alike in self.seen:
+            account.duplicates.add(outcome.id)
+            if self.card.get("duplicates") == "drop":
+                account.drop("the same as an earlier row", outcome.id)
+                return
+        self.seen.add(alike)
         for effect in outcome.changed:
-            account.changed.setdefault(effect, []).append(outcome.id)
+            account.change(effect, outcome.id)
         account.used += 1
+        account.examples += 1
         account.sources[packed.source] += 1
         if found.measured is not None:
             account.notes.update(found.measured.notes)
-        tokens = trained_tokens(found.measured, None if self.collator is None else self.collator.max_length)
-        account.tokens.update({} if tokens is None else tokens)
+        numbers: tuple[int | None, ...] = (None, None, None)
+        if self.collator is not None and found.measured is not None:
+            numbers = tokens, media, response = within(found.measured, self.collator.max_length)
+            account.count(tokens, media, response)
         if self.refuses and self.first_error is not None:
             return  # nothing will be left
         if shard.writer is None:
@@ -204,10 +219,14 @@ class _Job:
         shard.writer.add(packed)
         shard.media.update(kind for kind in ("images", "videos") if getattr(packed, kind))
         shard.media["text"] += not (packed.images or packed.videos)
-        names = {"tokens": "all", "media": "media", "response": "response"}
-        numbers = {name: None if tokens is None else tokens[own] for name, own in names.items()}
-        row = {"id": packed.id, "source": packed.source, "shard": shard.number, "row": len(shard.rows)}
-        shard.rows.append(row | numbers)
+        row = {
+            "id": packed.id,
+            "source": packed.source,
+            "shard": shard.number,
+            "row": len(shard.rows),
+            "likeness": alike,
+        }
+        shard.rows.append(row | dict(zip(("tokens", "media", "response"), numbers, strict=True)))
 
     def _end(self, shard: _Shard, place: int, aside: Path) -> None:
         """Put a whole shard into the folder, then the journal's word that it is there."""
@@ -218,7 +237,7 @@ class _Job:
         said: dict[str, Any] = {
             "shard": None,
             "next": place,
-            "account": account_as_dict(shard.account),
+            "account": shard.account.as_dict(),
             "media": shard.media,
         }
         if shard.writer is not None:
@@ -248,6 +267,15 @@ class _Job:
                 return
             yield said
 
+    def _likeness(self, number: int) -> list[bytes]:
+        """Of the examples of a whole shard."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        raw = pa.BufferReader(self.store.read(f"{JOURNAL}/{_index(number)}"))
+        found: list[bytes] = pq.read_table(raw, columns=["likeness"]).column("likeness").to_pylist()
+        return found
+
     def _finish(self, aside: Path) -> dict[str, Any]:
         """Join the parts of the index, and say that all is there."""
         import hashlib
@@ -257,7 +285,7 @@ class _Job:
 
         account, media = self._account(), Counter[str]()
         for said in self.done:
-            add_account(account, said["account"])
+            account.merge(Accounting.from_dict(said["account"]))
             media.update(said["media"])
         shards = [said["shard"] for said in self.done if said["shard"] is not None]
         if not shards:
@@ -301,7 +329,7 @@ class _Job:
         self.store.remove([*shards, *(f"{JOURNAL}/{name}" for name in self.store.sizes(JOURNAL) if name != "lock")])
 
     def _refusal(self, first: RowError) -> RowError:
-        bad = sum(map(len, self.wrong.dropped.values()))
+        bad = sum(found.rows for found in self.wrong.dropped.values())
         before = sum(said["account"]["read"] for said in self.done)
         return RowError(
             f"{first}\n{bad:,} of {self.wrong.read + before:,} rows of {self.card['name']!r} cannot be used: {_reasons(self.wrong)}. "
@@ -318,39 +346,11 @@ def _index(number: int) -> str:
     return f"index-{number:05d}.parquet"
 
 
-def trained_tokens(measured: Measured | None, limit: int | None) -> dict[str, int] | None:
-    """{all, media, response}: the tokens of an example as it is trained on, cut to the limit."""
-    if measured is None:
-        return None
-    cut, unlearnt = (0, 0) if not limit else (max(0, measured.tokens - limit), max(0, measured.ends - limit))
-    return {"all": measured.tokens - cut, "media": measured.media, "response": measured.targets - unlearnt}
-
-
-def account_as_dict(account: Accounting) -> dict[str, Any]:
-    """An account as the journal holds it."""
-    return {
-        "read": account.read, "used": account.used, "dropped": account.dropped, "changed": account.changed,
-        "notes": account.notes, "tokens": account.tokens, "sources": account.sources,
-    }  # fmt: skip
-
-
-def add_account(account: Accounting, more: Mapping[str, Any]) -> None:
-    """Add what the journal holds of later rows."""
-    account.read += more["read"]
-    account.used += more["used"]
-    for found, ids_by_reason in ((account.dropped, more["dropped"]), (account.changed, more["changed"])):
-        for reason, ids in ids_by_reason.items():
-            found.setdefault(reason, []).extend(ids)
-    account.notes.update(more["notes"])
-    account.tokens.update(more["tokens"])
-    account.sources.update(more["sources"])
-
-
 def _reasons(account: Accounting) -> str:
-    found = sorted(account.dropped.items(), key=lambda one: -len(one[1]))
+    found = sorted(account.dropped.items(), key=lambda one: -one[1].rows)
     return "; ".join(
-        f"{reason} ({len(ids):,}: {', '.join(ids[:SHOWN_IDS])}{' ...' * (len(ids) > SHOWN_IDS)})"
-        for reason, ids in found
+        f"{reason} ({rows.rows:,}: {', '.join(rows.ids[:SHOWN_IDS])}{' ...' * (rows.rows > SHOWN_IDS)})"
+        for reason, rows in found
     )
 
 

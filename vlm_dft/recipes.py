@@ -83,8 +83,7 @@ def recipe_root(card: Mapping[str, Any], data: str | None) -> Path | None:
 def check_places(card: Mapping[str, Any], data: str | None) -> None:
     """Check that the files of a recipe, or of every source of a mixture, are there. Raises CardError."""
     for one in sources_in(card, data):
-        if "prepared" not in one.card["source"]:
-            recipe_root(one.card, one.data)
+        recipe_root(one.card, one.data)
 
 
 def outcomes(

@@ -33,6 +33,13 @@ class Packed(NamedTuple):
     images: list[Medium]
     videos: list[Medium | list[Medium]]  # files, or lists of frames
 
+    def likeness(self) -> bytes:
+        """16 bytes that examples of the same messages, tools and media have in common, whatever their ids and files' names."""
+        digest = hashlib.blake2b(self.messages + b"\0" + (self.tools or b""), digest_size=16)
+        for medium in (*self.images, *(frame for v in self.videos for frame in (v if isinstance(v, list) else [v]))):
+            digest.update(hashlib.blake2b(medium[0]).digest())
+        return digest.digest()
+
     def size(self) -> int:
         """Bytes, near enough."""
         files = [*self.images, *(f for v in self.videos for f in (v if isinstance(v, list) else [v]))]
@@ -260,6 +267,7 @@ def index_table(rows: Sequence[Mapping[str, Any]], places: Sequence[_Place]) -> 
     columns: dict[str, Any] = {name: pa.array([row[name] for row in rows], pa.string()) for name in ("id", "source")}
     for name in ("tokens", "media", "response", "shard", "row"):
         columns[name] = pa.array([row[name] for row in rows], pa.int32())
+    columns["likeness"] = pa.array([row["likeness"] for row in rows], pa.binary(16))
     for name in ("messages", "tools"):
         found = [getattr(place, name) for place in places]
         columns[f"{name}_at"] = pa.array([at for at, _ in found], pa.int64())
