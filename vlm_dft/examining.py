@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -44,15 +44,18 @@ def examine(
     workers: int = 0,
     start: int = 0,
     limit: int | None = None,
+    only: Container[int] | None = None,
 ) -> Iterator[Examined]:
-    """What becomes of each row, in file order: of `limit` rows from place `start` on.
+    """What becomes of each row, in file order: of `limit` rows from place `start` on; with `only`, of those at these places.
 
     collator: measures each example and, over its max_length, fits it by its `too_long`. facts: called with each example
     that is used. workers: processes beside this one; 0: this one does it. Nothing that is wrong with a row is raised.
     """
     root = recipe_root(card, data)
     job = (card, root, collator, facts)
-    numbered = enumerate(places(card, root, start=start, limit=limit), start)
+    numbered: Iterator[tuple[int, Row | Outcome]] = enumerate(places(card, root, start=start, limit=limit), start)
+    if only is not None:
+        numbered = (numbered_row for numbered_row in numbered if numbered_row[0] in only)
     if not workers:
         for place, row in numbered:
             yield from _examine_one(job, place, row)
