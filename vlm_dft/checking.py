@@ -121,10 +121,8 @@ def _as_stored(opened: Any, suffix: str) -> list[str]:
     kind = {"MPO": "JPEG", "DIB": "BMP"}.get(opened.format, opened.format)
     remarks = [f"picture named {suffix} is {kind}"] if NAMED.get(suffix, kind) != kind else []
     remarks += ["animation: its first frame is used"] if getattr(opened, "n_frames", 1) > 1 else []
-    if "A" in opened.getbands():
-        clear = opened.getchannel("A").getextrema()[0] < 255
-    else:
-        clear = "transparency" in opened.info
+    alpha = "A" in opened.getbands()
+    clear = opened.getchannel("A").getextrema()[0] < 255 if alpha else "transparency" in opened.info
     return remarks + (["picture with transparency, laid on white"] if clear else [])
 
 

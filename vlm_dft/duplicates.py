@@ -15,6 +15,7 @@ import unicodedata
 from array import array
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -129,9 +130,7 @@ def near_pairs(
 def _bands(count: int) -> list[tuple[np.uint64, np.uint64]]:
     """(shift, mask) of so many bands that cover 64 bits."""
     edges = [BITS * k // count for k in range(count + 1)]
-    return [
-        (np.uint64(low), np.uint64((1 << (high - low)) - 1)) for low, high in zip(edges[:-1], edges[1:], strict=True)
-    ]
+    return [(np.uint64(low), np.uint64((1 << (high - low)) - 1)) for low, high in pairwise(edges)]
 
 
 def _expand(first: Ints, last: Ints, order: Ints) -> Iterator[tuple[Ints, Ints]]:
