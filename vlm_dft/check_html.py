@@ -202,7 +202,9 @@ def _counted(found: Mapping[str, Any]) -> str:
         for name in ("dropped", "changed", "remarks", "notes")
         for what, one in found[name].items()
     )
-    letters = ", ".join(f"{name} in {count:,} rows" for name, count in found["text"]["rows_with_letters_of"].items())
+    letters = ", ".join(
+        f"{name} in {count:,} row{'s' * (count != 1)}" for name, count in found["text"]["rows_with_letters_of"].items()
+    )
     head = "<thead><tr><th>what</th><th>rows</th><th class=said>such as</th></tr></thead>"
     table = f"<div class=scroll><table>{head}<tbody>{rows}</tbody></table></div>" if rows else ""
     return f"<section><h2>To know</h2><p class=note>Letters: {_text(letters or 'none')}.</p>{table}</section>"
@@ -212,7 +214,9 @@ def _faults(found: Mapping[str, Any], rows: _Rows, album: Album) -> str:
     blocks = []
     for kind, fault in list(found["faults"].items())[:KINDS]:
         cards = "".join(_faulty(one, rows, album) for one in fault["first"][:2])
-        blocks.append(f"<h3>{_text(kind)} <small>{fault['rows']:,} rows</small></h3><div class=cards>{cards}</div>")
+        blocks.append(
+            f"<h3>{_text(kind)} <small>{fault['rows']:,} row{'s' * (fault['rows'] != 1)}</small></h3><div class=cards>{cards}</div>"
+        )
     more = len(found["faults"]) - KINDS
     blocks += [f"<p class=note>and {more} more kinds, in --json</p>"] if more > 0 else []
     return f"<section><h2>Cannot be used</h2>{''.join(blocks)}</section>" if blocks else ""
@@ -277,21 +281,22 @@ def extremes(findings: Findings) -> list[tuple[str, list[tuple[int, str]]]]:
 
 
 def _worst(found: Mapping[str, Any], findings: Findings, rows: _Rows, album: Album) -> str:
-    blocks = [
-        f"<details><summary>{_text(what)}</summary><div class=cards>{''.join(rows.card(row, album, note) for row, note in some)}</div></details>"
-        for what, some in extremes(findings)
-    ]
+    blocks = []
+    for what, some in extremes(findings):
+        cards = "".join(rows.card(row, album, note) for row, note in some)
+        opened = "" if blocks else " open"
+        blocks.append(f"<details{opened}><summary>{_text(what)}</summary><div class=cards>{cards}</div></details>")
     return f"<section><h2>Farthest out</h2>{''.join(blocks)}</section>" if blocks else ""
 
 
 def _pairs(found: Any) -> dict[str, list[tuple[int, int]]]:
     return {
         "same pictures and same question: the row again": first_pairs(found.rows, PAIRS),
-        "same question, look-alike picture: probably again": found.alike[:PAIRS],
+        "same question, look-alike picture: perhaps again, look at them": found.alike[:PAIRS],
         "same picture, another question: normal where a picture is asked about often": first_pairs(
             found.pictures, PAIRS // 2
         ),
-        "look-alike picture, another question: look, it is not certain": found.looks[:PAIRS],
+        "look-alike picture, another question": found.looks[:PAIRS],
     }
 
 

@@ -8,9 +8,10 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vlm_dft.checking import Checked
-from vlm_dft.contamination import CONTAMINATED, Items, Overlap, overlaps
+from vlm_dft.contamination import CONTAMINATED, LOOKS, Items, Overlap, overlaps
 from vlm_dft.recurring import Recurring, recurring
 
 if TYPE_CHECKING:
@@ -19,6 +20,12 @@ if TYPE_CHECKING:
 BINS = 24
 SHORT = 8  # response tokens, end of turn included: no room for reasoning
 SKEWED = 8  # maximum over median, above which bins grow
+TOO_LONG = {  # what becomes of rows over max_length
+    "drop": "dropped: raise it, or choose --too_long downscale or shorten_answer",
+    "raise": "refused: raise it, or choose another --too_long",
+    "shorten_answer": "shortened, their end not trained (or dropped, where the question alone is too long)",
+    "downscale": "given smaller pictures (or dropped, where that is not enough)",
+}
 SHOWN_PAIRS = 1000  # rows of a benchmark's weaker overlaps that are listed; all are counted
 
 
@@ -52,6 +59,7 @@ def report(found: Findings) -> dict[str, Any]:
         "data": config.data,
         "model": config.model,
         "max_length": config.max_length,
+        "too_long": config.collator.get("too_long", "drop"),
         "looked_at": found.how,
         "rows": {
             "read": checked.read,
@@ -92,9 +100,9 @@ def report(found: Findings) -> dict[str, Any]:
     return {**result, "advice": advice(result)}
 
 
-def statistics(values: Sequence[float]) -> dict[str, Any]:
+def statistics(values: NDArray[Any]) -> dict[str, Any]:
     """Least, median, mean, 95 %, most, sum and a histogram of some numbers."""
-    found = np.asarray(values)
+    found = values
     if not len(found):
         return {"count": 0}
     low, middle, high = (float(np.percentile(found, share)) for share in (0, 50, 100))
@@ -120,34 +128,38 @@ def advice(found: Mapping[str, Any]) -> list[str]:
 
 
 def _of_rows(found: Mapping[str, Any]) -> list[str]:
-    rows, lines = found["rows"], []
+    rows, lines = found["rows"], list[str]()
     if found["stopped"]:
         lines.append(
             f"Reading stopped after {rows['read']:,} rows: nothing is known of what follows. Mend the file first."
         )
     if rows["faulty"]:
         lines.append(
-            f"{rows['faulty']:,} of {rows['read']:,} rows cannot be used, and training refuses them: mend them, or take them out."
+            f"{rows['faulty']:,} of {rows['read']:,} rows cannot be used. Training refuses them: mend them, or leave them out (`bad_rows: drop`)."
         )
     overlap = found["contamination"]["benchmarks"]
     for name, one in overlap.items():
         if one["contaminated_rows"]:
             lines.append(
-                f"{one['contaminated_rows']:,} rows are items of {name} ({one['contaminated_items']:,} of its {one['items']:,}): "
-                f"trained on, they are remembered, and accuracy on {name} says nothing. Take them out of the set."
+                f"{_rows(one['contaminated_rows'])} of the set in {name} too ({one['contaminated_items']:,} of its {one['items']:,} items): "
+                f"once trained on, they are remembered, and accuracy on {name} says little. Take them out."
+            )
+        if one["suspected_rows"]:
+            lines.append(
+                f"{_rows(one['suspected_rows'])} perhaps in {name} too, by the question and by the look of the picture: see --html."
             )
     return lines
 
 
 def _of_tokens(found: Mapping[str, Any]) -> list[str]:
-    tokens, over, lines = found["tokens"], found["over_max_length"], []
+    tokens, over, lines = found["tokens"], found["over_max_length"], list[str]()
     if not tokens["all"]["count"]:
         return lines
     count, longest, limit = tokens["all"]["count"], tokens["all"]["max"], found["max_length"]
     if over["rows"]:
         lines.append(
-            f"max_length {limit:,} drops {over['rows']:,} of {count:,} rows (the longest has {longest:,} tokens): raise it, or choose "
-            "--too_long downscale or shorten_answer."
+            f"{over['rows']:,} of {count:,} rows have more than max_length = {limit:,} tokens (the longest {longest:,}), and are "
+            f"{TOO_LONG[found['too_long']]}."
         )
     elif longest * 4 <= limit:
         lines.append(
@@ -177,18 +189,22 @@ def _of_tokens(found: Mapping[str, Any]) -> list[str]:
 
 
 def _of_recurring(found: Mapping[str, Any]) -> list[str]:
-    duplicates, lines = found["duplicates"], []
+    duplicates, lines = found["duplicates"], list[str]()
     rows = duplicates["rows"]
     if rows["extra"]:
         lines.append(
-            f"{rows['extra']:,} rows ask again what another row asks, with the same pictures ({rows['extra'] / max(1, found['rows']['usable']):.1%} "
-            f"of those usable): an epoch trains them {rows['extra'] + rows['groups']:,} times for {rows['groups']:,} problems."
+            f"{rows['extra'] / max(1, found['rows']['usable']):.1%} of the usable rows ({rows['extra']:,}) ask again what another row asks, "
+            f"with the same pictures: {rows['extra'] + rows['groups']:,} rows for {rows['groups']:,} problems."
         )
     if rows["answers_differ"]:
         lines.append(
             f"In {rows['answers_differ']:,} of these {rows['groups']:,} groups the answers differ: look at them."
         )
     return lines
+
+
+def _rows(count: int) -> str:
+    return "1 row is" if count == 1 else f"{count:,} rows are"
 
 
 def _tokens(checked: Checked) -> dict[str, Any]:
@@ -248,18 +264,19 @@ def _duplicates(checked: Checked, found: Recurring) -> dict[str, Any]:
 
 def _overlap(found: Findings, items: Items) -> dict[str, Any]:
     by_what = found.overlaps[items.name]
-    worst = [row for what in CONTAMINATED for row in by_what.get(what, [])]
+    certain = [row for what in CONTAMINATED for row in by_what.get(what, [])]
     return {
         "items": len(items.ids),
         "unreadable": items.unreadable,
-        "contaminated_rows": len(worst),
-        "contaminated_items": len({item for row in worst for item in row.items}),
+        "contaminated_rows": len(certain),
+        "contaminated_items": len({item for row in certain for item in row.items}),
+        "suspected_rows": len(by_what.get(LOOKS, [])),
         "overlaps": {
             what: {
                 "rows": len(rows),
                 "pairs": [
                     {"row": found.checked.ids[row.row], "items": ["/".join(items.ids[k]) for k in row.items], "of": row.count}
-                    for row in (rows if what in CONTAMINATED else rows[:SHOWN_PAIRS])
+                    for row in (rows if what in (*CONTAMINATED, LOOKS) else rows[:SHOWN_PAIRS])
                 ],
             }
             for what, rows in by_what.items()

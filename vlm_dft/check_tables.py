@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from vlm_dft.contamination import CONTAMINATED
+from vlm_dft.contamination import CONTAMINATED, LOOKS
 from vlm_dft.errors import printable
 
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -83,7 +83,9 @@ def _pictures(pictures: Mapping[str, Any]) -> Table:
 
 
 def _text_line(text: Mapping[str, Any]) -> Text:
-    scripts = ", ".join(f"{name} in {rows:,} rows" for name, rows in text["rows_with_letters_of"].items())
+    scripts = ", ".join(
+        f"{name} in {rows:,} row{'s' * (rows != 1)}" for name, rows in text["rows_with_letters_of"].items()
+    )
     share = text["non_ascii"] / max(1, text["characters"])
     return Text(f"text: {text['characters']:,} characters, {share:.1%} not ASCII; letters: {scripts or 'none'}")
 
@@ -91,7 +93,7 @@ def _text_line(text: Mapping[str, Any]) -> Text:
 def _duplicates(found: Mapping[str, Any]) -> Iterator[Table | Text]:
     rows = (
         ("same pictures and same question: the row again", "rows", "groups"),
-        ("same question, look-alike picture: probably again", "look_alike_same_question", "pairs"),
+        ("same question, look-alike picture: perhaps again", "look_alike_same_question", "pairs"),
         (
             "same picture, another question (normal where a picture is asked about often)",
             "picture_of_another_row",
@@ -124,7 +126,7 @@ def _contamination(found: Mapping[str, Any]) -> Iterator[Table | Text]:
         for what, rows in one["overlaps"].items():
             pairs = [f"{pair['row']} = {pair['items'][0]}" for pair in rows["pairs"][:IDS]]
             table.add_row(
-                Text(f"{printable(name)}: {what}", style=FAULTY if what in CONTAMINATED else ""), f"{rows['rows']:,}",
+                Text(f"{printable(name)}: {what}", style={LOOKS: "yellow"}.get(what, FAULTY if what in CONTAMINATED else "")), f"{rows['rows']:,}",
                 _ids(pairs, rows["rows"]),
             )  # fmt: skip
     if table.row_count:

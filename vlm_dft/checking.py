@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlm_dft.chat import Example, is_trained, text_of
 from vlm_dft.duplicates import Print, Prints, print_of, question_key, question_keys
-from vlm_dft.errors import HIDDEN, RowError
+from vlm_dft.errors import HIDDEN, CardError, RowError, UserError
 from vlm_dft.examining import Examined, examine
 from vlm_dft.media import open_image
 from vlm_dft.recipes import Outcome, outcomes_of, places, recipe_root
@@ -36,7 +36,7 @@ KINDS = (  # (what a message says, the fault in plain words), for errors that gi
     (r"leaves the data folder", "path leaves the data folder"),
     (r"is remote", "picture behind a URL, not fetched"),
     (r"but \d+ places for them|markers but no", "markers and pictures differ in number"),
-    (r"response is empty|empty answer|no trained|nothing to train", "no answer"),
+    (r"(response|answer) is empty|empty answer|no trained|nothing to train", "no answer"),
     (r"not valid JSON|expected an object, found", "line is not a JSON object"),
     (r"no column|no conversation", "column missing"),
     (r"column '.*' is null|found None", "value is null"),
@@ -220,7 +220,7 @@ def check(
     only: Container[int] | None = None,
     progress: Callable[[int], Any] = lambda rows: None,
 ) -> Checked:
-    """Look at every row of a recipe, or at those at the places `only`, or at the first `limit`. Raises CardError alone.
+    """Look at every row of a recipe, or at those at the places `only`, or at the first `limit`. Raises CardError before the first row.
 
     collator: measures each; give it no max_length, so that long rows are looked at too.
     """
@@ -236,7 +236,9 @@ def check(
                 progress(found.place - last)
                 last = found.place
             break
-        except RowError as error:
+        except (RowError, CardError) as error:
+            if last < 0 and isinstance(error, CardError):
+                raise
             checked.stopped = str(error)
             if not attempt:
                 break
@@ -245,7 +247,8 @@ def check(
 
 def kind_of(error: RowError) -> str:
     """A fault in a few plain words: the reason that the error gives, or what its message says."""
-    if error.reason not in {kind.reason for kind in (RowError, *RowError.__subclasses__())}:
+    kinds: list[type[RowError]] = [RowError, *RowError.__subclasses__()]
+    if error.reason not in {kind.reason for kind in kinds}:
         return error.reason
     for said, kind in KINDS:
         if found := re.search(said, str(error)):
@@ -267,7 +270,7 @@ def count_rows(card: Mapping[str, Any], data: str | None) -> int | None:
     try:
         for _ in places(card, root):
             count += 1
-    except RowError:  # the check says so
+    except UserError:  # the check says so
         pass
     return count
 
@@ -292,5 +295,5 @@ def rows_at(card: Mapping[str, Any], data: str | None, wanted: Sequence[int]) ->
                 left.discard(place)
                 if not left:
                     return
-    except RowError:
+    except UserError:  # the check has said so
         return

@@ -16,11 +16,11 @@ from vlm_dft.examining import examine
 from vlm_dft.sources import MediaAccess
 
 SAME, LOOKS, TEXT = "same picture, same question", "look-alike picture, same question", "same question, no pictures"
-CONTAMINATED = (SAME, LOOKS, TEXT)  # what a benchmark's score would be in doubt for
+CONTAMINATED = (SAME, TEXT)  # certain; LOOKS is to be looked at
 PICTURE, LOOK = "same picture, another question", "look-alike picture, another question"
 QUESTION = "same question, another picture"  # normal where questions are made from templates
-OVERLAPS = (*CONTAMINATED, PICTURE, LOOK, QUESTION)  # from strongest to weakest: a row is counted once a benchmark
-LISTED = 5  # items named for a row that is not contaminated
+OVERLAPS = (SAME, LOOKS, TEXT, PICTURE, LOOK, QUESTION)  # from strongest to weakest: a row is counted once a benchmark
+LISTED = 5  # items named for a row of the weaker overlaps
 
 
 @dataclass(slots=True)
@@ -42,7 +42,7 @@ class Overlap:
     """A row of the recipe, and items of a benchmark that it shares something with."""
 
     row: int  # index into the checked rows
-    items: tuple[int, ...]  # all of them where it is contaminated, else some
+    items: tuple[int, ...]  # all of them where it is contaminated or suspected, else some
     count: int
 
 
@@ -125,7 +125,9 @@ def overlaps(checked: Checked, items: Items) -> dict[str, list[Overlap]]:
         bare = {item for item in questions if not items.pictured[item]} if row not in pictured else set()
         by_strength = (same & questions, looks & questions, bare, same, looks, questions)
         what, shared = next((what, s) for what, s in zip(OVERLAPS, by_strength, strict=True) if s)
-        listed = sorted(shared) if what in CONTAMINATED else list(islice(shared, LISTED))  # the others may be very many
+        listed = (
+            sorted(shared) if what in (*CONTAMINATED, LOOKS) else list(islice(shared, LISTED))
+        )  # the others may be very many
         found[what].append(Overlap(row, tuple(listed), len(shared)))
     return {what: rows for what, rows in found.items() if rows}
 

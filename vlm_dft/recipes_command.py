@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,11 @@ def _add_check(commands: Any) -> None:
 
 def _check(arguments: argparse.Namespace) -> int:
     config, card = model_and_recipe(arguments)
+    if "mixture" in card:
+        raise UserError(
+            f"Recipe {card['name']!r} is a mixture. Check its sources one by one: vlm-dft recipes check NAME. Sources: "
+            f"{', '.join(str(one.get('recipe', one) if isinstance(one, Mapping) else one) for one in card['mixture'])}."
+        )
     for name, least in (("limit", 1), ("workers", 0)):
         given = getattr(arguments, name)
         if given is not None and given < least:

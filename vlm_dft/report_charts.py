@@ -228,7 +228,7 @@ def counts_figure(bins: Rows, title: str, unit: str) -> str:
         parts.append(f"<text class=tick x={left - 5} y={y + 4:.1f} text-anchor=end>{tick:,g}</text>")
     for k, row in enumerate(bins):
         tall = row["count"] / ticks[-1] * (base - top)
-        tip = f"{row['from']:,g} to {row['to']:,g} {unit}: {row['count']:,}"
+        tip = f"{_edge(row['from'])} to {_edge(row['to'])} {unit}: {row['count']:,}"
         parts.append(
             f"<g><title>{escape(tip)}</title><rect class=c1 x={left + k * step + 0.5:.1f} y={base - tall:.1f} "
             f"width={max(step - 1, 1):.1f} height={tall:.1f} /></g>"
@@ -237,7 +237,7 @@ def counts_figure(bins: Rows, title: str, unit: str) -> str:
         edge, anchor = (bins[k]["from"] if k < len(bins) else bins[-1]["to"]), "start" if k == 0 else "middle"
         anchor = "end" if k == len(bins) else anchor
         parts.append(
-            f"<text class=tick x={left + k * step:.1f} y={height - 10} text-anchor={anchor}>{edge:,.4g}</text>"
+            f"<text class=tick x={left + k * step:.1f} y={height - 10} text-anchor={anchor}>{_edge(edge)}</text>"
         )
     return _svg(width, height, title, parts, kind="curve")
 
@@ -300,6 +300,10 @@ def _ticks(low: float, high: float) -> list[float]:
     step = next(m * unit for m in (0.2, 0.25, 0.5, 1, 2, 2.5, 5, 10) if span / (m * unit) <= 4)
     first, last = math.floor(low / step), math.ceil(high / step)
     return [round(k * step, 12) for k in range(first, max(last, first + 1) + 1)]
+
+
+def _edge(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _finite(value: Any) -> bool:
