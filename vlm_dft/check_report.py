@@ -141,7 +141,7 @@ def _of_rows(found: Mapping[str, Any]) -> list[str]:
     for name, one in overlap.items():
         if one["contaminated_rows"]:
             lines.append(
-                f"{_rows(one['contaminated_rows'])} of the set in {name} too ({one['contaminated_items']:,} of its {one['items']:,} items): "
+                f"{_rows(one['contaminated_rows'])} in {name} too ({one['contaminated_items']:,} of its {one['items']:,} items): "
                 f"once trained on, they are remembered, and accuracy on {name} says little. Take them out."
             )
         if one["suspected_rows"]:
@@ -158,7 +158,7 @@ def _of_tokens(found: Mapping[str, Any]) -> list[str]:
     count, longest, limit = tokens["all"]["count"], tokens["all"]["max"], found["max_length"]
     if over["rows"]:
         lines.append(
-            f"{over['rows']:,} of {count:,} rows have more than max_length = {limit:,} tokens (the longest {longest:,}), and are "
+            f"{over['rows']:,} of {count:,} rows: more than max_length = {limit:,} tokens (the longest has {longest:,}). They are "
             f"{TOO_LONG[found['too_long']]}."
         )
     elif longest * 4 <= limit:
@@ -204,7 +204,7 @@ def _of_recurring(found: Mapping[str, Any]) -> list[str]:
 
 
 def _rows(count: int) -> str:
-    return "1 row is" if count == 1 else f"{count:,} rows are"
+    return "1 row of the set is" if count == 1 else f"{count:,} rows of the set are"
 
 
 def _tokens(checked: Checked) -> dict[str, Any]:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
-from collections import deque
 from collections.abc import Callable, Container, Iterator, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -17,12 +14,13 @@ from vlm_dft.fitting import fit
 from vlm_dft.measuring import Measured
 from vlm_dft.recipes import Outcome, outcomes_of, places, recipe_root
 from vlm_dft.rows import Row
+from vlm_dft.workers import in_parallel
 
 if TYPE_CHECKING:
     from vlm_dft.collators import ChatCollator
 
+HERE = 4  # rows examined before there are workers: what a collator finds out once of its processor, they know then
 Facts = Callable[[Example], Any]  # may raise RowError; what it gives is pickled
-CHUNK, AHEAD = 32, 4  # places a worker gets at once; chunks of each worker that are on the way: memory is bounded
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,58 +47,49 @@ def examine(
     """What becomes of each row, in file order: of `limit` rows from place `start` on; with `only`, of those at these places.
 
     collator: measures each example and, over its max_length, fits it by its `too_long`. facts: called with each example
-    that is used. workers: processes beside this one; 0: this one does it. Nothing that is wrong with a row is raised.
+    that is used. workers: processes beside this one; 0: this one does it. The result does not depend on their number.
+    Nothing that is wrong with a row is raised; a worker that is killed is (UserError).
     """
     root = recipe_root(card, data)
-    job = (card, root, collator, facts)
+    job = _Job(card, root, collator, facts)
     numbered: Iterator[tuple[int, Row | Outcome]] = enumerate(places(card, root, start=start, limit=limit), start)
     if only is not None:
         numbered = (numbered_row for numbered_row in numbered if numbered_row[0] in only)
+    here = numbered if not workers else islice(numbered, HERE)
+    for place, row in here:
+        yield from job(place, row)
     if not workers:
-        for place, row in numbered:
-            yield from _examine_one(job, place, row)
         return
-    context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else None)
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(job,)) as pool:
-        running: deque[Future[list[Examined]]] = deque()
-        while chunk := tuple(islice(numbered, CHUNK)):
-            running.append(pool.submit(_examine_chunk, chunk))
-            if len(running) >= workers * AHEAD:
-                yield from running.popleft().result()
-        while running:
-            yield from running.popleft().result()
+    for found in in_parallel(job, numbered, workers, what=f"recipe {card['name']!r}"):
+        yield from found
 
 
-Job = tuple[Mapping[str, Any], Path | None, "ChatCollator | None", Facts | None]
-_JOB: list[Job] = []  # of a worker
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A raw row in, what is found out about it out: done in this process or in a worker."""
 
+    card: Mapping[str, Any]
+    root: Path | None
+    collator: ChatCollator | None
+    facts: Facts | None
 
-def _begin(job: Job) -> None:
-    _JOB[:] = [job]
+    def __call__(self, place: int, row: Row | Outcome) -> list[Examined]:
+        made = [row] if isinstance(row, Outcome) else outcomes_of(self.card, row, self.root)
+        return [self.look(place, outcome) for outcome in made]
 
-
-def _examine_chunk(chunk: tuple[tuple[int, Row | Outcome], ...]) -> list[Examined]:
-    return [found for place, row in chunk for found in _examine_one(_JOB[0], place, row)]
-
-
-def _examine_one(job: Job, place: int, row: Row | Outcome) -> list[Examined]:
-    card, root, collator, facts = job
-    made = [row] if isinstance(row, Outcome) else outcomes_of(card, row, root)
-    return [_look(place, outcome, collator, facts) for outcome in made]
-
-
-def _look(place: int, outcome: Outcome, collator: ChatCollator | None, facts: Facts | None) -> Examined:
-    if outcome.example is None:
-        return Examined(place, outcome)
-    try:
-        measured = None
-        if collator is not None:
-            outcome, measured = fitted(collator, outcome)
-            if outcome.example is None:
-                return Examined(place, outcome, measured)
-        return Examined(place, outcome, measured, None if facts is None else facts(outcome.example))
-    except RowError as error:
-        return Examined(place, replace(outcome, example=None, error=error))
+    def look(self, place: int, outcome: Outcome) -> Examined:
+        if outcome.example is None:
+            return Examined(place, outcome)
+        try:
+            measured = None
+            if self.collator is not None:
+                outcome, measured = fitted(self.collator, outcome)
+            example, facts = outcome.example, self.facts
+            return Examined(
+                place, outcome, measured, facts(example) if facts is not None and example is not None else None
+            )
+        except RowError as error:
+            return Examined(place, replace(outcome, example=None, error=error))
 
 
 def fitted(collator: ChatCollator, outcome: Outcome) -> tuple[Outcome, Measured]:
