@@ -362,7 +362,7 @@ def test_short_answers_are_said_to_be_unheard_only_where_they_are(checked_rows: 
     ]
     found, card = checked_rows(*few)
     lines = report(Findings(card, TrainConfig(), found, "all"))["advice"]
-    assert any(line.startswith("1 rows (16.7%) answer in at most 8 tokens") for line in lines)
+    assert any(line.startswith("16.7% of the rows (1) answer in at most 8 tokens") for line in lines)
     found, card = checked_rows(*few[1:])
     assert not any(
         "answer in at most" in line for line in report(Findings(card, TrainConfig(), found, "all"))["advice"]

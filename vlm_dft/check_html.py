@@ -33,7 +33,8 @@ CHECK_STYLE = """
 .pair{display:grid;grid-template-columns:1fr 1fr;gap:12px;margin-top:12px}.pair article{flex-direction:column;gap:8px}
 .pair .pictures{flex:none;max-width:320px}.fault{border-color:var(--bad)}.why{color:var(--bad);overflow-wrap:anywhere;
 font:13px/1.45 ui-monospace,monospace;white-space:pre-wrap}.nopicture{font-size:12px;color:var(--soft);border:1px dashed var(--line);
-border-radius:4px;padding:8px;overflow-wrap:anywhere}.pictures img{margin-bottom:4px;width:auto;max-width:100%}details{margin-top:12px}h3 small{font-weight:400}
+border-radius:4px;padding:8px;overflow-wrap:anywhere}.pictures img{margin-bottom:4px;width:auto;max-width:100%}
+details{margin-top:12px}h3 small{font-weight:400}
 .advice{padding-left:20px;margin:0}.advice li{margin:4px 0}td.said,th.said{text-align:left;white-space:normal;overflow-wrap:anywhere}
 @media(max-width:640px){.pair{grid-template-columns:1fr}}
 """
@@ -193,7 +194,9 @@ def _plots(found: Mapping[str, Any]) -> str:
         (pictures["height"], "picture heights", "pixels"), (pictures["aspect"], "long over short side", ""),
     ] if tokens["all"]["count"] else []  # fmt: skip
     figures = "".join(counts_figure(f["histogram"], title, unit) for f, title, unit in wanted if f["count"])
-    note = "<p class=note>Where the largest lies far out, bins grow from left to right; point at one for its bounds.</p>"
+    note = (
+        "<p class=note>Where the largest lies far out, bins grow from left to right; point at one for its bounds.</p>"
+    )
     return f"<section><h2>Distributions</h2><div class=figures>{figures}</div>{note}</section>" if figures else ""
 
 

@@ -174,12 +174,12 @@ def _of_tokens(found: Mapping[str, Any]) -> list[str]:
         )
     elif short["rows"] and response["median"] > 4 * SHORT:
         lines.append(
-            f"{short['rows']:,} rows ({short['rows'] / count:.1%}) answer in at most {SHORT} tokens, where the median has "
+            f"{short['rows'] / count:.1%} of the rows ({short['rows']:,}) answer in at most {SHORT} tokens, where the median has "
             f"{response['median']:,}: they hold {share:.2%} of the response tokens, and a loss over tokens hardly hears them."
         )
     elif short["rows"] * 2 > count and share < 0.5:
         lines.append(
-            f"{short['rows']:,} rows ({short['rows'] / count:.1%}) answer in at most {SHORT} tokens, but the others hold "
+            f"{short['rows'] / count:.1%} of the rows ({short['rows']:,}) answer in at most {SHORT} tokens, but the others hold "
             f"{1 - share:.1%} of the response tokens: they rule the loss."
         )
     pictured = tokens["media"]["sum"] / max(1, tokens["all"]["sum"])
