@@ -190,12 +190,24 @@ def test_rows_that_recur_are_told_from_pictures_asked_about_again(checked_rows: 
         row("text", None, "Is it so?"), row("text again", None, "Is it so?"),
     )  # fmt: skip
     told = recurring(found)
+    assert told.looks_count == 0
     names = [[found.ids[k] for k in group] for group in told.rows]
     assert names == [["a", "a again"], ["text", "text again"]] and told.extra == 2
     assert told.answers_differ == 1  # blue and red
     assert [[found.ids[k] for k in pair] for pair in told.alike] == [["d", "d jpeg"]] and told.alike_count == 1
     assert [[found.ids[k] for k in group] for group in told.pictures] == [["a", "a other"]]
     assert [[found.ids[k] for k in group] for group in told.questions] == [["d", "d jpeg", "b"]]
+
+
+def test_a_look_alike_with_the_question_of_any_row_of_the_other_picture_is_perhaps_the_row_again(
+    checked_rows: Run, folder: Path
+) -> None:
+    picture(3).save(folder / "d.jpg", quality=60)
+    found, _ = checked_rows(
+        row("d 1", "d.png", "One?"), row("d 2", "d.png", "Two?"), row("jpeg 2", "d.jpg", "Two?"), row("jpeg 3", "d.jpg", "Three?")
+    )  # fmt: skip
+    told = recurring(found)
+    assert [[found.ids[k] for k in pair] for pair in told.alike] == [["d 2", "jpeg 2"]] and not told.looks
 
 
 def test_the_examples_of_an_unrolled_conversation_are_not_duplicates_of_each_other(

@@ -107,6 +107,14 @@ def test_the_same_picture_is_not_also_said_to_look_alike() -> None:
     assert list(as_pairs(look_alikes(prints(drawing(), drawing())))) == []
 
 
+def test_a_picture_that_is_there_a_thousand_times_is_compared_once() -> None:
+    found = prints(drawing(), jpeg(drawing(), 60))
+    for row in range(2, 1002):
+        found.add(row, [print_of(drawing())])
+    assert list(as_pairs(look_alikes(found))) == [(0, 1)]
+    assert list(as_pairs(look_alikes(found, prints(drawing(shift=2), jpeg(drawing(), 60))))) == [(0, 1)]
+
+
 def test_a_stretched_picture_does_not_look_alike() -> None:
     assert list(as_pairs(look_alikes(prints(drawing(), drawing().resize((160, 60)))))) == []
 

@@ -285,7 +285,7 @@ def extremes(findings: Findings) -> list[tuple[str, list[tuple[int, str]]]]:
 
 
 def _worst(found: Mapping[str, Any], findings: Findings, rows: _Rows, album: Album) -> str:
-    blocks = []
+    blocks: list[str] = []
     for what, some in extremes(findings):
         cards = "".join(rows.card(row, album, note) for row, note in some)
         opened = "" if blocks else " open"

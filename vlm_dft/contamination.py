@@ -143,6 +143,10 @@ def _shared_pictures(rows: Prints, items: Prints) -> tuple[dict[int, set[int]], 
             same.setdefault(row, set()).update(by_exact[exact])
     alike: dict[int, set[int]] = {}
     if len(rows) and len(items):
+        of_row: dict[bytes, set[int]] = {}
+        for row, exact in zip(rows.rows, rows.exact, strict=True):
+            of_row.setdefault(exact, set()).add(row)
         for i, j in as_pairs(look_alikes(rows, items)):
-            alike.setdefault(rows.rows[i], set()).add(items.rows[j])
+            for row in of_row[rows.exact[i]]:
+                alike.setdefault(row, set()).update(by_exact[items.exact[j]])
     return same, alike

@@ -87,18 +87,42 @@ def same_keys(keys: Sequence[Hashable]) -> list[list[int]]:
 
 
 def look_alikes(left: Prints, right: Prints | None = None) -> Iterator[tuple[Ints, Ints]]:
-    """(places in left, places in right) of pictures that look alike and are not the same; without right, pairs of left once."""
+    """(places in left, places in right) of pictures that look alike and are not the same; without right, pairs of left once.
+
+    A picture that is there often is compared once, and stands at its first place.
+    """
     other = left if right is None else right
-    fine, fine_other = (np.frombuffer(bytes(p.fine), np.uint8).reshape(-1, 32) for p in (left, other))
-    aspect, aspect_other = np.asarray(left.aspect), np.asarray(other.aspect)
-    exact, exact_other = (np.array(p.exact, dtype="S17") for p in (left, other))  # S16 would drop zeros at the end
-    looks = np.asarray(left.look, np.uint64), None if right is None else np.asarray(right.look, np.uint64)
-    for i, j in near_pairs(*looks):
-        close = np.bitwise_count(fine[i] ^ fine_other[j]).sum(axis=1) <= CLOSE_FINE
-        close &= np.abs(aspect[i] - aspect_other[j]) <= CLOSE_ASPECT * np.maximum(aspect[i], aspect_other[j])
-        close &= exact[i] != exact_other[j]
-        if close.any():
-            yield i[close], j[close]
+    mine = _columns(left)
+    theirs = mine if right is None else _columns(right)
+    for i, j in near_pairs(mine.look, None if right is None else theirs.look):
+        close = np.bitwise_count(mine.fine[i] ^ theirs.fine[j]).sum(axis=1) <= CLOSE_FINE
+        close &= np.abs(mine.aspect[i] - theirs.aspect[j]) <= CLOSE_ASPECT * np.maximum(
+            mine.aspect[i], theirs.aspect[j]
+        )
+        found = mine.places[i[close]], theirs.places[j[close]]
+        if right is not None:
+            apart = [left.exact[a] != other.exact[b] for a, b in zip(*found, strict=True)]
+            found = found[0][apart], found[1][apart]
+        if len(found[0]):
+            yield found
+
+
+class _Columns(NamedTuple):
+    """The pictures that differ, as arrays."""
+
+    places: Ints
+    look: NDArray[np.uint64]
+    fine: NDArray[np.uint8]  # [pictures, 32]
+    aspect: NDArray[np.float64]
+
+
+def _columns(prints: Prints) -> _Columns:
+    places = np.fromiter({exact: place for place, exact in reversed(list(enumerate(prints.exact)))}.values(), np.int64)
+    places.sort()
+    fine = np.frombuffer(bytes(prints.fine), np.uint8).reshape(-1, 32)
+    return _Columns(
+        places, np.asarray(prints.look, np.uint64)[places], fine[places], np.asarray(prints.aspect, np.float64)[places]
+    )
 
 
 def near_pairs(

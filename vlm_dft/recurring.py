@@ -53,13 +53,18 @@ def recurring(checked: Checked) -> Recurring:
     shared = [[row for row in group if row not in again] for group in shared]
     asked = [[row for row in group if row not in again] for group in _by_question(checked)]
     alike, looks, seen = list[tuple[int, int]](), list[tuple[int, int]](), Counter[bool]()
+    asked_of: dict[bytes, dict[int, int]] = {}  # picture -> question -> first row that asks it
+    for row, exact in zip(checked.prints.rows, checked.prints.exact, strict=True):
+        question = checked.questions[row]
+        asked_of.setdefault(exact, {}).setdefault(-1 - row if question is None else question, row)
     for i, j in as_pairs(look_alikes(checked.prints)):
-        pair = checked.prints.rows[i], checked.prints.rows[j]
-        if checked.places[pair[0]] == checked.places[pair[1]] or pair[0] in again or pair[1] in again:
+        left, right = asked_of[checked.prints.exact[i]], asked_of[checked.prints.exact[j]]
+        both = next((question for question in left if question in right), None)
+        pair = (checked.prints.rows[i], checked.prints.rows[j]) if both is None else (left[both], right[both])
+        if checked.places[pair[0]] == checked.places[pair[1]]:
             continue
-        same = checked.questions[pair[0]] is not None and checked.questions[pair[0]] == checked.questions[pair[1]]
-        seen[same] += 1
-        kept = alike if same else looks
+        seen[both is not None] += 1
+        kept = looks if both is None else alike
         if len(kept) < LISTED:
             kept.append(pair)
     return Recurring(
