@@ -28,14 +28,14 @@ SHOWN = 5  # messages kept of each kind of fault
 SMALL_SIDE, LONG_ASPECT = 28, 10  # pixels: one merged patch of Qwen-VL; long side over short side
 NAMED = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".gif": "GIF", ".webp": "WEBP", ".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF"}  # fmt: skip
 KINDS = (  # (what a message says, the fault in plain words), for errors that give no reason of their own
-    (r"no (image|video) file at", r"\1 file missing"),
+    (r"no (image|video) file at", r"\1 missing"),
     (r"damaged or cut short", "image damaged or cut short"),
     (r"git-LFS pointer", "git-LFS pointer in place of the file"),
     (r"more pixels than are allowed|x 0 pixels|is 0 x", "image of an impossible size"),
     (r"is not a readable image", "not an image"),
-    (r"leaves the data folder", "path leaves the data folder"),
-    (r"is remote", "picture behind a URL, not fetched"),
-    (r"but \d+ places for them|markers but no", "markers and pictures differ in number"),
+    (r"leaves the data folder", "image outside the data folder"),
+    (r"is remote", "image is remote"),
+    (r"but \d+ places for them|markers but no", "markers and media differ in number"),
     (r"(response|answer) is empty|empty answer|no trained|nothing to train", "no answer"),
     (r"not valid JSON|expected an object, found", "line is not a JSON object"),
     (r"no column|no conversation", "column missing"),
