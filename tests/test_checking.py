@@ -103,7 +103,7 @@ def broken_rows(folder: Path) -> list[dict[str, Any]]:
 KINDS = {
     "image damaged or cut short": "cut", "git-LFS pointer in place of the file": "lfs", "not an image": "page",
     "image missing": "gone", "image outside the data folder": "away", "image is remote": "url",
-    "no answer": "silent", "markers and media differ in number": "two",
+    "the response is empty": "silent", "markers and media differ in number": "two",
 }  # fmt: skip
 
 

@@ -36,7 +36,7 @@ KINDS = (  # (what a message says, the fault in plain words), for errors that gi
     (r"leaves the data folder", "image outside the data folder"),
     (r"is remote", "image is remote"),
     (r"but \d+ places for them|markers but no", "markers and media differ in number"),
-    (r"(response|answer) is empty|empty answer|no trained|nothing to train", "no answer"),
+    (r"(response|answer) is empty|empty answer|no trained|nothing to train", "the response is empty"),
     (r"not valid JSON|expected an object, found", "line is not a JSON object"),
     (r"no column|no conversation", "column missing"),
     (r"column '.*' is null|found None", "value is null"),

@@ -30,7 +30,7 @@ def add_settings(command: argparse.ArgumentParser) -> None:
     command.add_argument("--model", default="tiny", help=MODEL_HELP)
     command.add_argument("--data", help=DATA_HELP)
     for name, text in INSPECT_SETTINGS.items():
-        command.add_argument(f"--{name.replace('_', '-')}", f"--{name}", dest=name, help=text)
+        command.add_argument(*dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name}")), dest=name, help=text)
 
 
 def model_and_recipe(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
