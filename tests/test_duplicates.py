@@ -120,7 +120,7 @@ def test_a_stretched_picture_does_not_look_alike() -> None:
 
 
 def test_on_real_tables_look_alikes_are_few_and_the_same_tables_are_found_again(shared: Path) -> None:
-    """The numbers that the module states: of 615,495 pairs 22 look alike, of which 7 show another table."""
+    """The numbers that the module states: of 615,495 pairs 21 look alike, of which 7 show another table."""
     import json
 
     folder = shared / "tabmwp" / "data" / "tabmwp"
@@ -132,7 +132,7 @@ def test_on_real_tables_look_alikes_are_few_and_the_same_tables_are_found_again(
     found = prints(*pictures)
     pairs = list(as_pairs(look_alikes(found)))
     wrong = sum(tables[i] != tables[j] for i, j in pairs)
-    assert len(pairs) <= 25 and wrong <= 8
+    assert len(pairs) <= 24 and wrong <= 8
     assert all(tables[i] == tables[j] for i, j in same_keys(found.exact))
     some = pictures[::5]
     again = prints(*[jpeg(picture, 50) for picture in some])
