@@ -27,8 +27,7 @@ from vlm_dft.chat import Example
 from vlm_dft.collators import ChatCollator
 from vlm_dft.errors import CardError, RowError
 from vlm_dft.gathering import Gathered, gather
-from vlm_dft.mixed import Mixed, places_by_source
-from vlm_dft.prepared import media_of, sources_of
+from vlm_dft.mixed import Mixed, media_of, places_by_source, sources_of
 from vlm_dft.recipes import read_recipe
 
 Row = dict[str, Any]

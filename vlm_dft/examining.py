@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -42,8 +42,9 @@ def examine(
     workers: int = 0,
     start: int = 0,
     limit: int | None = None,
+    only: Container[int] | None = None,
 ) -> Iterator[Examined]:
-    """What becomes of each row, in file order: of `limit` rows from place `start` on.
+    """What becomes of each row, in file order: of `limit` rows from place `start` on; with `only`, of those at these places.
 
     collator: measures each example and, over its max_length, fits it by its `too_long`. facts: called with each example
     that is used. workers: processes beside this one; 0: this one does it. The result does not depend on their number.
@@ -52,6 +53,8 @@ def examine(
     root = recipe_root(card, data)
     job = _Job(card, root, collator, facts)
     numbered: Iterator[tuple[int, Row | Outcome]] = enumerate(places(card, root, start=start, limit=limit), start)
+    if only is not None:
+        numbered = (numbered_row for numbered_row in numbered if numbered_row[0] in only)
     for place, row in islice(numbered, HERE) if workers else numbered:
         yield from job(place, row)
     if (ahead := next(numbered, None)) is None:

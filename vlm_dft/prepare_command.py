@@ -8,16 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vlm_dft.errors import ConfigError
-
-SETTINGS = {  # of TrainConfig and ChatCollator: with the same ones for training nothing is measured again
-    "max_length": "longest example in tokens (default 4096, or the recipe's)",
-    "too_long": "what becomes of longer ones: raise, drop (default), shorten_answer, downscale",
-    "resize": "processor (default), or pillow",
-    "min_pixels": "smallest image area after resizing",
-    "max_pixels": "largest image area after resizing",
-    "hosts": "hosts that images may be fetched from, separated by commas",
-}
+from vlm_dft.commands import add_settings, check_writable, echo, model_and_recipe, quiet
+from vlm_dft.errors import ConfigError, UserError
 
 
 def add_prepare(commands: Any) -> None:
@@ -29,16 +21,12 @@ def add_prepare(commands: Any) -> None:
         "every row. Killed, the same command goes on; done, it has nothing to do; of two at once the second waits. Train on the folder or URL as "
         "on any recipe: vlm-dft train --recipe DIR.",
     )
-    prepare.add_argument(
-        "recipe", help="a card in data_recipes/, a .yaml of your own, or a .json / .jsonl of conversations"
-    )
+    add_settings(prepare)
     prepare.add_argument(
         "--output",
         metavar="DIR|URL",
         help="a folder, or a URL that fsspec knows (s3://, gs:// ...); default: in the cache",
     )
-    prepare.add_argument("--data", help="the folder of the recipe's files")
-    prepare.add_argument("--model", help="whose processor measures: 'tiny' (default), a checkpoint folder, or a hub id")
     prepare.add_argument("--workers", type=int, help="processes beside this one (default: one for each core but one)")
     prepare.add_argument("--limit", type=int, help="only the first rows")
     prepare.add_argument(
@@ -47,32 +35,24 @@ def add_prepare(commands: Any) -> None:
         help="rows that cannot be used: refuse (default, or the recipe's) or drop",
     )
     prepare.add_argument("--json", metavar="FILE", help="write what was made, and the account, here too")
-    for name, text in SETTINGS.items():
-        spelt = dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name}"))  # as `train` spells it, too
-        prepare.add_argument(*spelt, dest=name, help=text)
     prepare.set_defaults(run=run_prepare)
 
 
 def run_prepare(arguments: argparse.Namespace) -> int:
     """Run the command. Returns the exit status."""
-    from vlm_dft.cli import _check_writable, _echo, _quiet
-    from vlm_dft.config import recipe_layer, resolve_config
-    from vlm_dft.ingredients import cache_folder
-    from vlm_dft.locate import resolve_model
-    from vlm_dft.recipes import read_recipe, recipe_root
-
-    words = {name: getattr(arguments, name) for name in ("recipe", "model", "data", *SETTINGS)}
-    given = {name: value for name, value in words.items() if value is not None}
-    config = resolve_config((f"recipe {arguments.recipe!r}", recipe_layer(arguments.recipe)), ("command line", given))
-    card = read_recipe(config.recipe)
+    config, card = model_and_recipe(arguments)
+    if "mixture" in card:
+        raise UserError(
+            f"Recipe {card['name']!r} is a mixture, which is drawn when it is trained on. Prepare its sources one by one, and name the "
+            f"folders as `recipe:` in a copy of the card. Sources: {', '.join(entry['name'] for entry in card['mixture'])}."
+        )
     for flag, least in (("limit", 1), ("workers", 0)):
         value = getattr(arguments, flag)
         if value is not None and value < least:
             raise ConfigError(f"--{flag} must be at least {least}, found {value}.")
-    resolve_model(config.model)
-    recipe_root(card, config.data)
-    _check_writable(arguments.json, "--json")
-    _quiet()
+    check_writable(arguments.json, "--json")
+    quiet()
+    from vlm_dft.ingredients import cache_folder
     from vlm_dft.models import load_processor
     from vlm_dft.preparing import prepare
     from vlm_dft.runs import write_json
@@ -82,13 +62,13 @@ def run_prepare(arguments: argparse.Namespace) -> int:
     collator = make_collator(processor, config, packing=False)
     output = arguments.output or str(cache_folder(card, config.data, collator=collator, limit=arguments.limit))
     workers = max(1, (os.cpu_count() or 2) - 1) if arguments.workers is None else arguments.workers
-    _echo(f"{config.recipe}, measured with the processor of {config.model}, into {output}")
+    echo(f"{config.recipe}, measured with the processor of {config.model}, into {output}")
     found = prepare(
         card, config.data, output, collator=collator, workers=workers, limit=arguments.limit,
-        bad_rows=arguments.bad_rows, echo=_echo,
+        bad_rows=arguments.bad_rows, echo=echo,
     )  # fmt: skip
     for line in account_lines(found):
-        _echo(line)
+        echo(line)
     if arguments.json:
         write_json(Path(arguments.json), {"output": output, **found})
     return 0

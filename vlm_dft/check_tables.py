@@ -1,0 +1,194 @@
+"""Check tables: a check's report in; tables and lines for a terminal out. Nothing here prints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from vlm_dft.contamination import CONTAMINATED, LOOKS
+from vlm_dft.errors import printable
+
+BLOCKS = "▁▂▃▄▅▆▇█"
+FAULTY, GOOD, SOFT = "bold red", "green", "dim"
+IDS, LONGEST = 4, 200  # ids named in a table, characters of a message
+
+
+def tables(found: Mapping[str, Any]) -> Iterator[Table | Text]:
+    """All of a report, in the order in which it is to be read."""
+    yield _headline(found)
+    if found["stopped"]:
+        yield Text(f"Reading stopped: {printable(found['stopped'])}", style=FAULTY)
+    if found["faults"]:
+        table = _table("cannot be used", "rows", "such as")
+        for kind, fault in found["faults"].items():
+            table.add_row(
+                _said(kind),
+                f"{fault['rows']:,}",
+                _said("\n".join(_short(one["message"]) for one in fault["first"][:2])),
+            )
+        yield table
+    yield from _counted(found)
+    if found["tokens"]["all"]["count"]:
+        yield _tokens(found["tokens"])
+    if found["pictures"]["count"]:
+        yield _pictures(found["pictures"])
+    yield _text_line(found["text"])
+    yield from _duplicates(found["duplicates"])
+    yield from _contamination(found["contamination"])
+    for line in found["advice"]:
+        yield Text("→ ", style="bold").append(printable(line), style="bold")
+
+
+def _headline(found: Mapping[str, Any]) -> Text:
+    rows = found["rows"]
+    text = Text().append(printable(found["recipe"]), style="bold")
+    text.append(f": {rows['read']:,} rows read ({printable(found['looked_at'])}), {rows['usable']:,} usable, ")
+    text.append(f"{rows['faulty']:,} cannot be used", style=FAULTY if rows["faulty"] else GOOD)
+    return text.append(f", {rows['dropped']:,} dropped by the card" if rows["dropped"] else "")
+
+
+def _counted(found: Mapping[str, Any]) -> Iterator[Table]:
+    whats = [
+        (name, what, one) for name in ("dropped", "changed", "remarks", "notes") for what, one in found[name].items()
+    ]
+    if whats:
+        table = _table("to know", "rows", "such as")
+        for name, what, one in whats:
+            table.add_row(
+                _said(f"{name}: {what}" if name in ("dropped", "changed") else what),
+                f"{one['rows']:,}",
+                _ids(one["ids"]),
+            )
+        yield table
+
+
+def _tokens(tokens: Mapping[str, Any]) -> Table:
+    table = _numbers("tokens a row", "share")
+    whole = max(1, tokens["all"]["sum"])
+    for name, key in (("all", "all"), ("pictures", "media"), ("prompt text", "text"), ("response", "response")):
+        table.add_row(name, *_figures(tokens[key]), f"{tokens[key]['sum'] / whole:.0%}", histogram(tokens[key]))
+    return table
+
+
+def _pictures(pictures: Mapping[str, Any]) -> Table:
+    formats = ", ".join(f"{kind} {count:,}" for kind, count in pictures["formats"].items())
+    table = _numbers(f"{pictures['count']:,} pictures ({formats})")
+    for name, key in (("width", "width"), ("height", "height"), ("long / short side", "aspect")):
+        table.add_row(name, *_figures(pictures[key]), histogram(pictures[key]))
+    return table
+
+
+def _text_line(text: Mapping[str, Any]) -> Text:
+    scripts = ", ".join(
+        f"{name} in {rows:,} row{'s' * (rows != 1)}" for name, rows in text["rows_with_letters_of"].items()
+    )
+    share = text["non_ascii"] / max(1, text["characters"])
+    return Text(f"text: {text['characters']:,} characters, {share:.1%} not ASCII; letters: {scripts or 'none'}")
+
+
+def _duplicates(found: Mapping[str, Any]) -> Iterator[Table | Text]:
+    rows = (
+        ("same pictures and same question: the row again", "rows", "groups"),
+        ("same question, look-alike picture: perhaps again", "look_alike_same_question", "pairs"),
+        (
+            "same picture, another question (normal where a picture is asked about often)",
+            "picture_of_another_row",
+            "groups",
+        ),
+        ("look-alike picture, another question", "look_alike_other_question", "pairs"),
+        (
+            "same question, another picture (normal where questions come from templates)",
+            "question_of_another_row",
+            "groups",
+        ),
+    )
+    table = _table("recurs in the set", "found", "such as")
+    for what, key, unit in rows:
+        if count := found[key][unit]:
+            table.add_row(
+                what,
+                f"{count:,} {unit if count > 1 else unit[:-1]}",
+                _ids([" = ".join(group[:3]) for group in found[key]["ids"]]),
+            )
+    yield table if table.row_count else Text("recurs in the set: nothing")
+
+
+def _contamination(found: Mapping[str, Any]) -> Iterator[Table | Text]:
+    if not found["asked"]:
+        yield Text("compared with no benchmark (--against none)")
+        return
+    table = _table("shared with a benchmark", "rows", "row = item")
+    for name, one in found["benchmarks"].items():
+        for what, rows in one["overlaps"].items():
+            pairs = [f"{pair['row']} = {pair['items'][0]}" for pair in rows["pairs"][:IDS]]
+            table.add_row(
+                Text(f"{printable(name)}: {what}", style={LOOKS: "yellow"}.get(what, FAULTY if what in CONTAMINATED else "")), f"{rows['rows']:,}",
+                _ids(pairs, rows["rows"]),
+            )  # fmt: skip
+    if table.row_count:
+        yield table
+    for name, one in found["benchmarks"].items():
+        lost = (
+            f"; {len(one['unreadable']):,} more could not be read, the first: {_short(one['unreadable'][0])}"
+            if one["unreadable"]
+            else ""
+        )
+        shared = f"{one['contaminated_items']:,} of its {one['items']:,} items are in the set"
+        yield Text(
+            f"compared with {printable(name)}: {shared}{printable(lost)}",
+            style=FAULTY if one["contaminated_rows"] else GOOD,
+        )
+    for name, why in found["not_compared"].items():
+        yield Text(f"not compared with {printable(name)}: {printable(_short(why))}", style="yellow")
+
+
+def histogram(found: Mapping[str, Any]) -> str:
+    """A histogram as one line of blocks; a bin without any is a point."""
+    counts = [one["count"] for one in found["histogram"]]
+    most = max(counts)
+    return "".join(BLOCKS[(count * len(BLOCKS) - 1) // most] if count else "·" for count in counts)
+
+
+def _figures(found: Mapping[str, Any]) -> list[str]:
+    return [_number(found[key]) for key in ("min", "median", "p95", "max")]
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if isinstance(value, int) or value >= 100 else f"{value:,.1f}"
+
+
+def _numbers(title: str, *more: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column(title)
+    for name in ("min", "median", "95%", "max", *more):
+        table.add_column(name, justify="right")
+    table.add_column("min to max", no_wrap=True)
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column(title, overflow="fold", ratio=2)
+    table.add_column(columns[0], justify="right", no_wrap=True)
+    table.add_column(columns[1], overflow="fold", ratio=3)
+    return table
+
+
+def _said(text: str) -> Text:
+    """A text from the data: nothing in it is markup or obeyed."""
+    return Text(printable(text))
+
+
+def _ids(ids: Sequence[str], count: int | None = None) -> Text:
+    count = len(ids) if count is None else count
+    return _said(
+        ", ".join(_short(one, 40) for one in ids[:IDS]) + (f" and {count - IDS:,} more" if count > IDS else "")
+    )
+
+
+def _short(text: str, longest: int = LONGEST) -> str:
+    return text if len(text) <= longest else text[: longest - 1] + "…"
