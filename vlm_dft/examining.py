@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -42,7 +43,7 @@ def examine(
     workers: int = 0,
     start: int = 0,
     limit: int | None = None,
-) -> Iterator[Examined]:
+) -> Generator[Examined]:
     """What becomes of each row, in file order: of `limit` rows from place `start` on.
 
     collator: measures each example and, over its max_length, fits it by its `too_long`. facts: called with each example
@@ -57,8 +58,9 @@ def examine(
         yield from job(place, row)
     if not workers:
         return
-    for found in in_parallel(job, numbered, workers, what=f"recipe {card['name']!r}"):
-        yield from found
+    with closing(in_parallel(job, numbered, workers, what=f"recipe {card['name']!r}")) as results:
+        for found in results:
+            yield from found
 
 
 @dataclass(frozen=True, slots=True)
