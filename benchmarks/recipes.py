@@ -116,8 +116,8 @@ def prepare_ours(folder: Path, rows: int, workers: int) -> Callable[[], int]:
 
 
 def read_ours(folder: Path, rows: int, order: str) -> Callable[[], int]:
-    import pyarrow.parquet  # noqa: F401  what opening would import
 
+    import vlm_dft.recipes  # noqa: F401  what opening would import
     from vlm_dft.prepared import open_prepared
 
     def read() -> int:
@@ -219,7 +219,7 @@ def watch(peaks: list[float], ended: threading.Event) -> None:
     """Peak MiB of this process and its workers: proportional shares, since a fork shares its pages."""
     import psutil
 
-    while not ended.wait(0.5):
+    while not ended.wait(2):
         total = 0
         for process in (psutil.Process(), *psutil.Process().children()):
             try:

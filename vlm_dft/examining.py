@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Generator, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -43,7 +44,7 @@ def examine(
     start: int = 0,
     limit: int | None = None,
     only: Container[int] | None = None,
-) -> Iterator[Examined]:
+) -> Generator[Examined]:
     """What becomes of each row, in file order: of `limit` rows from place `start` on; with `only`, of those at these places.
 
     collator: measures each example and, over its max_length, fits it by its `too_long`. facts: called with each example
@@ -60,8 +61,9 @@ def examine(
     if (ahead := next(numbered, None)) is None:
         return
     numbered = chain([ahead], numbered)
-    for found in in_parallel(job, numbered, workers, what=f"recipe {card['name']!r}"):
-        yield from found
+    with closing(in_parallel(job, numbered, workers, what=f"recipe {card['name']!r}")) as results:
+        for found in results:
+            yield from found
 
 
 @dataclass(frozen=True, slots=True)

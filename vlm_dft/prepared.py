@@ -180,7 +180,7 @@ class Prepared(Sequence[Example]):
 
     def _parsed(self, raw: bytes, place: int, shard: int) -> list[Any]:
         try:
-            found: list[Any] = json.loads(raw)
+            found: list[Any] = json.loads(raw.decode())
         except ValueError as error:
             raise UserError(
                 f"{self.store}/{self._names[shard]} is damaged: what it holds of row {self._ids[place]} is no JSON ({error}). Restore it, or prepare "

@@ -10,7 +10,8 @@ import errno
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -146,11 +147,12 @@ class _Job:
         """Write what is missing. Returns what prepared.json says."""
         start = self.done[-1]["next"] if self.done else 0
         total = self.limit if self.limit is not None else self.card.get("rows")
-        with self.store.staging(JOURNAL) as aside, Bar(total, title, "row") as bar:
+        rows = self._examined(start)
+        with self.store.staging(JOURNAL) as aside, Bar(total, title, "row") as bar, closing(rows):
             bar.update(start)
             shard, place = _Shard(len(self.done), start, self._account()), start - 1
             try:
-                for found in self._examined(start):
+                for found in rows:
                     if found.place != place:
                         bar.update(found.place - place)
                         place = found.place
@@ -169,7 +171,7 @@ class _Job:
                 raise self._refusal(self.first_error)
             return self._finish(aside)
 
-    def _examined(self, start: int) -> Iterator[Examined]:
+    def _examined(self, start: int) -> Generator[Examined]:
         root = recipe_root(self.card, self.data)
         pack = Pack(root, DEFAULT_ACCESS if self.collator is None else self.collator.access)
         limit = None if self.limit is None else self.limit - start

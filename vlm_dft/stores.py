@@ -14,7 +14,10 @@ from urllib.parse import unquote
 from vlm_dft.errors import UserError
 
 OPEN_FILES = 64  # kept open by a process
-GAP = 1 << 16  # bytes between two ranges that are rather read along than asked for apart
+GAP, FAR_GAP = (
+    1 << 12,
+    1 << 18,
+)  # bytes between two ranges that are rather read along than asked for apart: on a disk, from far
 SPAN = 8 * 2**20  # bytes that ranges are joined to at most
 
 Range = tuple[str, int, int]  # (file, first byte, bytes)
@@ -74,13 +77,14 @@ class Store:
 
     def read_ranges(self, ranges: Sequence[Range]) -> list[bytes]:
         """The bytes of each range; neighbours are read together. Raises UserError naming a file that ends too early."""
-        order = sorted(range(len(ranges)), key=lambda k: ranges[k][:2])
+        order = sorted(range(len(ranges)), key=ranges.__getitem__)
+        gap = FAR_GAP if self.remote else GAP
         spans: list[tuple[str, int, int]] = []  # (file, first byte, end)
         where = [0] * len(ranges)  # the span of each range
         for k in order:
             name, at, length = ranges[k]
             file, first, end = spans[-1] if spans else ("", 0, 0)
-            if file == name and at <= end + GAP and at + length - first <= SPAN:
+            if file == name and at <= end + gap and at + length - first <= SPAN:
                 spans[-1] = (name, first, max(end, at + length))
             else:
                 spans.append((name, at, at + length))
@@ -104,6 +108,8 @@ class Store:
             except FileNotFoundError as error:
                 raise UserError(f"{self.url}: a file is missing: {error}. Prepare it again.") from error
         else:
+            if self._process != os.getpid():
+                self._forget()
             read = [os.pread(self._open(name), end - first, first) for name, first, end in spans]
         for (name, first, end), raw in zip(spans, read, strict=True):
             if len(raw) != end - first:
@@ -182,8 +188,6 @@ class Store:
 
     def _open(self, name: str) -> int:
         """A descriptor of a file, opened by this process."""
-        if self._process != os.getpid():
-            self._forget()
         if name in self._files:
             self._files.move_to_end(name)
             return self._files[name]

@@ -12,7 +12,7 @@ import sys
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
@@ -42,7 +42,7 @@ class _Worker:
     chunks: deque[tuple[int, Chunk]] = field(default_factory=deque)  # (number, rows) that it has
 
 
-def in_parallel(work: Work, numbered: Iterator[tuple[int, Any]], workers: int, *, what: str) -> Iterator[Any]:
+def in_parallel(work: Work, numbered: Iterator[tuple[int, Any]], workers: int, *, what: str) -> Generator[Any]:
     """work(place, row) of every (place, row), in order, made by so many processes. Raises what `work` raises.
 
     Processes are forked, as data loaders' are, where the system can: they start at once and share the collator. That is safe
