@@ -399,7 +399,7 @@ def test_the_formats_of_hub_sets_are_read_as_their_cards_say(tmp_path: Path) -> 
         "numinamath_cot": ({"source": "x", "problem": "q", "solution": "s", "messages": []}, "s"),
         "finevision_geometry": ({"images": ["1.png"], "texts": [{"user": "q", "assistant": "a"}], "source": "x"}, "a"),
     }  # fmt: skip
-    drawn = {"drawn", "drawn_new", "drawn_noisy"}
+    drawn = {"drawn", "drawn_new", "drawn_noisy", "drawn_mixture", "visual_math_mixture"}  # tests of their own
     assert {*rows, *LOADABLE, *drawn} == set(list_cards("recipe")), "a card without a test"
     for name, (row, answer) in rows.items():
         where = tmp_path / ("annotations" if name == "mmpr" else "") / "rows.jsonl"
