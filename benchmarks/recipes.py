@@ -116,10 +116,9 @@ def prepare_ours(folder: Path, rows: int, workers: int) -> Callable[[], int]:
 
 
 def read_ours(folder: Path, rows: int, order: str) -> Callable[[], int]:
-    import pyarrow.parquet
+    import pyarrow.parquet  # noqa: F401  what opening would import
 
-    import vlm_dft.recipes  # noqa: F401  what opening would import
-
+    import vlm_dft.recipes  # noqa: F401
     from vlm_dft.prepared import open_prepared
 
     def read() -> int:
