@@ -116,8 +116,10 @@ def prepare_ours(folder: Path, rows: int, workers: int) -> Callable[[], int]:
 
 
 def read_ours(folder: Path, rows: int, order: str) -> Callable[[], int]:
+    import numpy  # noqa: F401  what opening would import, as datasets does when it is imported
+    import pyarrow.parquet  # noqa: F401
 
-    import vlm_dft.recipes  # noqa: F401  what opening would import
+    import vlm_dft.recipes  # noqa: F401
     from vlm_dft.prepared import open_prepared
 
     def read() -> int:

@@ -224,14 +224,14 @@ class Prepared(Sequence[Example]):
         )  # no threads: forks follow
         column = {name: table.column(name).combine_chunks() for name in table.column_names}
         part = {name: column[f"part_{name}"] for name in ("kind", "at", "length", "name")}
-        ends = part["kind"].offsets.to_numpy()
-        numbers = [column[name].to_numpy() for name in WHERE]
+        ends = np.from_dlpack(part["kind"].offsets)
+        numbers = [np.from_dlpack(column[name]) for name in WHERE]  # to_numpy would import pandas
         self._where = np.stack([*numbers, ends[:-1], ends[1:]], axis=1, dtype=np.int64)  # WHERE, its parts from, to
         self._parts = np.stack(
-            [part[name].values.to_numpy() for name in ("kind", "at", "length")], axis=1, dtype=np.int64
+            [np.from_dlpack(part[name].values) for name in ("kind", "at", "length")], axis=1, dtype=np.int64
         )
         self._paths, self._ids = part["name"].values, column["id"]
-        self._tokens = None if self.measured_with is None else column["tokens"].to_numpy()
+        self._tokens = None if self.measured_with is None else np.from_dlpack(column["tokens"])
         self._names = [shard_name(number) for number in range(int(self._where[:, 0].max()) + 1)]
         source = column["source"]
         self._known_sources = list(self.about["accounting"]["used_by_source"])
