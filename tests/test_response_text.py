@@ -94,3 +94,13 @@ def test_what_a_card_says_of_tags_is_checked(tags: object, message: str) -> None
 )
 def test_an_ending_is_appended_unless_the_last_sentence_is_it(text: str, expected: str | None) -> None:
     assert with_ending(text, "The answer is 5.") == ((text, False) if expected is None else (expected, True))
+
+
+def test_where_all_tags_are_kept_none_is_looked_for() -> None:
+    text = "a <answer> b </think>"
+    assert (
+        check_tags({"*": "keep"}, where="card") == {"*": "keep"}
+        and finish(text, {"*": "keep"}, where="row").text == text
+    )
+    with pytest.raises(CardError, match=r"'\*' is not a tag's name.*alone"):
+        check_tags({"*": "keep", "think": "drop"}, where="card")

@@ -16,7 +16,7 @@ from vlm_dft.errors import CardError, RowError
 from vlm_dft.mixture_cards import check_row_rules, is_mixture_file, read_mixture, sources_in
 from vlm_dft.prepared import is_prepared, open_prepared, prepared_card
 from vlm_dft.recipe_cards import OPTIONAL, REQUIRED, check_recipe
-from vlm_dft.response_text import KNOWN_TAGS
+from vlm_dft.response_text import ALL_KEPT
 from vlm_dft.row_examples import filtered, made_of, where_of
 from vlm_dft.row_formats import Detected, agree, detect, format_of
 from vlm_dft.rows import Row, read_rows, source_root
@@ -55,7 +55,7 @@ def read_recipe(name: str, within: Sequence[Path] = ()) -> dict[str, Any]:
             "licence": "not stated",
             "source": {"files": [str(path.resolve())]},  # the images alone are relative to --data
             "data": str(path.parent),
-            "tags": dict.fromkeys(KNOWN_TAGS, "keep"),  # nobody can declare them, and the file is taken as it is
+            "tags": ALL_KEPT,  # nobody can declare them, and the file is taken as it is
         }
     if is_prepared(name):
         return prepared_card(name)

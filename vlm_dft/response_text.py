@@ -14,6 +14,7 @@ KNOWN_TAGS = (
     "description", "explanation", "rationale", "reflection", "verification", "final", "final_answer",
 )  # fmt: skip
 """What reasoning sets mark their parts with, in any case. One that a card does not declare is an error, not a word."""
+ALL_KEPT = {"*": "keep"}  # tags are words like others: none is looked for
 ACTIONS = ("keep", "strip", "drop", "reasoning")
 NAME = re.compile(r"[A-Za-z][\w-]*\Z")
 
@@ -38,11 +39,15 @@ class _Open:
 
 def check_tags(tags: object, *, where: str) -> dict[str, str]:
     """A card's `tags`, names in lower case. Raises CardError for a value that is no action, tag or wrapper."""
+    if tags == ALL_KEPT:
+        return dict(ALL_KEPT)
     if not isinstance(tags, Mapping) or not tags:
         raise CardError(f"{where}: tags must map names of tags to what becomes of them, found {tags!r}.")
     for name, action in tags.items():
         if not isinstance(name, str) or not NAME.match(name):
-            raise CardError(f"{where}, tags: {name!r} is not a tag's name. Expected the bare name, such as think.")
+            raise CardError(
+                f"{where}, tags: {name!r} is not a tag's name. Expected the bare name, such as think; or {{'*': keep}} alone."
+            )
         if not isinstance(action, str):
             raise CardError(
                 f"{where}, tags: {name} must be one of {', '.join(ACTIONS)}, a tag's name or a wrapper, found {action!r}."
@@ -62,7 +67,7 @@ def finish(text: str, tags: Mapping[str, str], *, where: str) -> Finished:
     keep: as it is. strip: the text alone stays. drop: the text goes too. reasoning: the text becomes the message's
     reasoning. Another tag's name: renamed. A wrapper such as \\boxed{}: the text goes inside its braces.
     """
-    if "<" not in text:
+    if "<" not in text or tags == ALL_KEPT:
         return Finished(text)
     names = sorted({*KNOWN_TAGS, *tags}, key=len, reverse=True)
     pieces = re.split(rf"(</?(?:{'|'.join(map(re.escape, names))})>)", text, flags=re.IGNORECASE)
