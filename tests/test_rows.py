@@ -19,6 +19,7 @@ from PIL import Image
 from vlm_dft import ChatCollator
 from vlm_dft.errors import CardError, ImageError, RowError
 from vlm_dft.media import image_size, open_image
+from vlm_dft.recipes import read_recipe
 from vlm_dft.rows import count_rows, fill, locate, locate_images, read_rows, source_fingerprint, source_root
 
 Row = dict[str, Any]
@@ -244,6 +245,33 @@ def test_a_folder_of_pictures_alone_leaves_the_rows_on_the_hub(tmp_path: Path) -
     written(tmp_path, **{"images/1.png": b"x", "README.md": "hello", "config.json": "{}"})
     with pytest.raises(RowError, match="the hub set 'a/b' .* cannot be read"):
         read({"hub": "a/b"}, tmp_path)
+
+
+def test_rows_that_lie_with_another_sets_pictures_are_not_taken_for_a_copy(tmp_path: Path) -> None:
+    """WeThink's pictures are in LLaVA-CoT-100k, whose train.jsonl lies beside them."""
+    written(tmp_path, **{"train.jsonl": [{"q": "llava-cot's"}], "image/1.png": b"x"})
+    (tmp_path / "card.yaml").write_text(
+        'description: d\nlicence: l\nsource: {hub: own/Think}\nimage_root: "."\nimages: i\nprompt: "{q}"\nresponse: "{q}"\n'
+    )
+    source = read_recipe(str(tmp_path / "card.yaml"))["source"]
+    with pytest.raises(RowError, match=r"--local-dir DIR/Think, where .* Rows are looked for in DIR/own--Think or DIR/Think alone"):
+        read(source, tmp_path)
+    assert count_rows(source, tmp_path) is None
+    for name in ("Think", "own--Think"):  # the longer name goes first
+        written(tmp_path, **{f"{name}/train.jsonl": json.dumps({"q": name})})
+        assert qs(read(source, tmp_path)) == [name]
+    assert qs(read({**source, "copy": "Think"}, tmp_path)) == ["Think"]
+
+
+def test_a_card_says_that_rows_and_pictures_are_of_one_repository(tmp_path: Path) -> None:
+    written(tmp_path, **{"data/qa_tuning-0.parquet": [{"q": 1}], "images/1.png": b"x"})
+    source = read_recipe("geo170k")["source"]
+    assert qs(read(source, tmp_path)) == [1]
+    for wrong in ("../x", "/x", "", [], 5):
+        with pytest.raises(CardError, match="copy must name the folder below --data"):
+            read({"hub": "a/b", "copy": wrong}, tmp_path)
+    with pytest.raises(CardError, match="copy must name .* beside hub"):
+        read({"files": ["a"], "copy": "."}, tmp_path)
 
 
 def test_real_copies_of_hub_sets_are_read_as_datasets_reads_them(shared: Path) -> None:

@@ -13,6 +13,7 @@ from vlm_dft.archives import image_folder
 from vlm_dft.cards import find_card, nearest, read_card
 from vlm_dft.chat import Example, unroll
 from vlm_dft.errors import CardError, RowError
+from vlm_dft.hub_sets import beside_pictures
 from vlm_dft.mixture_cards import check_row_rules, is_mixture_file, read_mixture, sources_in
 from vlm_dft.prepared import is_prepared, open_prepared, prepared_card
 from vlm_dft.recipe_cards import OPTIONAL, REQUIRED, check_recipe
@@ -64,7 +65,7 @@ def read_recipe(name: str, within: Sequence[Path] = ()) -> dict[str, Any]:
         return {**prepared_card(card["source"]["prepared"]), **card}  # whose rows are examples already
     check_recipe(card, where=f"Recipe {name!r}")
     check_row_rules(card)
-    return card
+    return {**card, "source": beside_pictures(card["source"])} if card.get("image_root") else card
 
 
 def recipe_root(card: Mapping[str, Any], data: str | None) -> Path | None:

@@ -17,12 +17,12 @@ from vlm_dft.cards import check_keys, nearest
 from vlm_dft.columns import fill
 from vlm_dft.errors import CardError, RowError
 from vlm_dft.file_formats import COUNTS, READERS, count_in, file_rows, kind_of
-from vlm_dft.hub_sets import hub_rows, local_files
+from vlm_dft.hub_sets import check_copies, copies_of, hub_rows, local_files
 from vlm_dft.sources import bare_base64
 from vlm_dft.table_files import arrow_files, is_arrow_folder
 
 PLACES = ("embedded", "files", "hub", "prepared")
-SOURCE_KEYS = {*PLACES, "config", "split", "revision", "kind"}
+SOURCE_KEYS = {*PLACES, "config", "split", "revision", "kind", "copy"}
 Row = dict[str, Any]
 
 
@@ -39,6 +39,7 @@ def source_root(source: Mapping[str, Any], data: str | Path | None, *, where: st
             f"{where}, source: unknown kind {source['kind']!r}.{nearest(str(source['kind']), READERS)} Known: "
             f"{', '.join(READERS)}."
         )
+    check_copies(source, where=where)
     if "prepared" in source:
         return None
     if "embedded" in source:
@@ -134,7 +135,9 @@ def files_of(source: Mapping[str, Any], root: Path | None, *, where: str) -> lis
     if root is None:
         return []
     if "hub" in source:
-        return [(path, str(path.relative_to(root))) for path in local_files(root, source, where=where)]
+        folders = [root / name for name in copies_of(source) if (root / name).is_dir()]
+        copies = (local_files(folder, source, where=where) for folder in folders)
+        return [(path, str(path.relative_to(root))) for path in next(filter(None, copies), [])]
     names = source.get("embedded", source.get("files", []))
     found: list[tuple[Path, str]] = []
     for name in [names] if isinstance(names, str) else list(names):
