@@ -254,7 +254,9 @@ def test_rows_that_lie_with_another_sets_pictures_are_not_taken_for_a_copy(tmp_p
         'description: d\nlicence: l\nsource: {hub: own/Think}\nimage_root: "."\nimages: i\nprompt: "{q}"\nresponse: "{q}"\n'
     )
     source = read_recipe(str(tmp_path / "card.yaml"))["source"]
-    with pytest.raises(RowError, match=r"--local-dir DIR/Think, where .* Rows are looked for in DIR/own--Think or DIR/Think alone"):
+    with pytest.raises(
+        RowError, match=r"--local-dir DIR/Think, where .* Rows are looked for in DIR/own--Think or DIR/Think alone"
+    ):
         read(source, tmp_path)
     assert count_rows(source, tmp_path) is None
     for name in ("Think", "own--Think"):  # the longer name goes first

@@ -19,7 +19,7 @@ from vlm_dft.prepared import is_prepared, open_prepared, prepared_card
 from vlm_dft.recipe_cards import OPTIONAL, REQUIRED, check_recipe
 from vlm_dft.row_examples import filtered, made_of, where_of
 from vlm_dft.row_formats import Detected, agree, detect, format_of
-from vlm_dft.rows import Row, read_rows, source_root
+from vlm_dft.rows import Row, files_of, read_rows, source_root
 
 MAX_SOURCES = 50  # that are logged, gauged and watched one by one
 
@@ -189,8 +189,26 @@ def _disagrees(card: Mapping[str, Any], first: _First, row: Row) -> RowError | N
     )
 
 
+def said_source(card: Mapping[str, Any], data: str | None) -> str:
+    """Where a recipe's rows are read from: "2 files: a.jsonl, b.jsonl", "the hub: owner/name, split train"."""
+    source, root = card["source"], recipe_root(card, data)
+    if "prepared" in source:
+        return f"prepared before: {source['prepared']}"
+    files = [name for _, name in files_of(source, root, where=f"Recipe {card['name']!r}")]
+    if not files:
+        return (
+            f"the hub: {source['hub']}, split {source.get('split', 'train')}, revision {source.get('revision', 'main')}"
+        )
+    shown = ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")
+    return f"{len(files)} file{'s' * (len(files) > 1)}: {shown}" + (
+        f" (a copy of {source['hub']})" if "hub" in source else ""
+    )
+
+
 def said_format(card: Mapping[str, Any], data: str | None) -> str:
     """How a recipe's rows are read, and why, by its first row: "conversations: column 'conversations' holds turns of ..."."""
+    if "prepared" in card["source"]:
+        return "examples"
     if "prompt" in card:
         return "the card's own: its prompt and response"
     root = recipe_root(card, data)
