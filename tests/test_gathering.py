@@ -559,3 +559,10 @@ def test_duplicates_of_a_prepared_source_cannot_be_dropped_in_silence(
     prepared_modules["set"] = rows
     with pytest.raises(CardError, match="duplicates: drop is for sources that are read, and this one is prepared"):
         gather({**STORED, "duplicates": "drop"}, "/data", collator)
+
+
+def test_an_id_that_stands_for_several_rows_is_said(tmp_path: Path, collator: ChatCollator) -> None:
+    card = card_of(tmp_path, "own", [said("a", id=1), said("b", id=1), said("c", id=2)])
+    found = gather(read_recipe(str(tmp_path / card)), str(tmp_path), collator)
+    assert found.accounts[0].notes == {"the same id as an earlier row: an id in this account may mean several": 1}
+    assert found.accounts[0].used == 3

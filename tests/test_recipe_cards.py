@@ -422,3 +422,65 @@ def test_a_card_says_so_where_a_column_that_nobody_verified_is_named_otherwise(t
         match=r"relies on a column 'solution', which nobody could verify.*Columns found: image, problem, answer",
     ):
         load_recipe(found, str(tmp_path))
+
+
+# What real rows do
+
+
+def test_a_question_of_blanks_is_empty(tmp_path: Path) -> None:
+    with pytest.raises(RowError, match="card row 0, turn 0: the question is empty"):
+        load(tmp_path, [{"q": " \n", "a": "a"}], **OWN)
+
+
+def test_rows_that_lack_a_column_to_filter_by_are_bad_rows_and_one_that_all_lack_is_the_cards_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: Rows = [{"q": "q", "a": "a", "grade": 3}, {"q": "q", "a": "a"}]
+    examples, account = load(tmp_path, rows, **OWN, keep={"grade": 3}, bad_rows="drop")
+    assert len(examples) == 1 and ids(account.dropped) == {"no column grade to filter by": ["1"]}
+    monkeypatch.setattr("vlm_dft.recipes.SOON", 2)
+    with pytest.raises(
+        CardError, match="names a column 'garde', which none of the first 2 rows has. Did you mean 'grade'"
+    ):
+        load(tmp_path, rows * 2, **OWN, keep={"garde": 3}, bad_rows="drop")
+
+
+def test_lists_in_a_table_of_text_are_read_from_their_json(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    row = {"q": "q", "a": "B", "i": '["a.png", "b.png"]', "c": '["yes", "no"]'}
+    ((example,), _) = load(
+        tmp_path, [row], **OWN, images="i", options="c", correct={"column": "a", "by": "letter"}, ending="{choice}"
+    )
+    assert [path.name for path in example.images] == ["a.png", "b.png"]
+    assert example.messages[0]["content"][-1]["text"] == "q\nOptions: (A) yes (B) no"
+    assert answers([example]) == ["B\nno"]
+
+
+def test_two_columns_of_different_pictures_are_refused_and_of_the_same_are_one(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    row = {"question": "q", "answer": "a", "images": ["a.png"], "image": "b.png"}
+    with pytest.raises(RowError, match="columns images, image hold different images. Say in a card .* images: images"):
+        load(tmp_path, [row])
+    assert len(load(tmp_path, [row], images="image")[0][0].images) == 1
+    assert len(load(tmp_path, [{**row, "image": "a.png"}])[0][0].images) == 1
+
+
+def test_markers_in_text_parts_hold_places_as_those_in_a_string(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    parts = [{"type": "text", "text": "Look at <image>"}, {"type": "text", "text": ", how many?"}]
+    row = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "2"}], "images": ["a.png"]}
+    ((example,), _) = load(tmp_path, [row])
+    assert example.messages[0]["content"] == [
+        {"type": "text", "text": "Look at "}, {"type": "image"}, {"type": "text", "text": ", how many?"}
+    ]  # fmt: skip
+    with pytest.raises(RowError, match="1 <image> markers but no images"):
+        load(tmp_path, [{**row, "images": []}])
+
+
+def test_a_conversation_as_json_text_may_be_called_by_what_it_holds(tmp_path: Path) -> None:
+    text = json.dumps([{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}])
+    assert answers(load(tmp_path, [{"conversations": text}], format="conversations")[0]) == ["a"]
+    with pytest.raises(RowError, match="the card says format: messages"):
+        load(tmp_path, [{"conversations": text}], format="messages")

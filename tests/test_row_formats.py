@@ -214,3 +214,21 @@ def test_where_rows_are_read_from_is_said(tmp_path: Path) -> None:
     assert said_source({"name": "x", "source": hub}, None) == "the hub: own/Set, split train, revision abc"
     copy = {"name": "x", "source": {**hub, "copy": "Set"}}
     assert said_source(copy, str(tmp_path)) == "1 file: Set/train.jsonl (a copy of own/Set)"
+
+
+def test_a_number_said_in_a_conversation_is_text_as_in_a_column(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": 12}, {"from": "gpt", "value": 0}]
+    (tmp_path / "rows.json").write_text(
+        json.dumps(
+            [
+                {"conversations": turns},
+                {"conversations": [*turns, {"from": "human", "value": "q"}, {"from": "gpt", "value": 0.5}]},
+            ]
+        )
+    )
+    card = {"name": "x", "source": {"files": ["rows.json"]}}
+    examples, _ = load_recipe(card, str(tmp_path))
+    assert [[message["content"] for message in example.messages] for example in examples] == [
+        ["12", "0"],
+        ["12", "0", "q", "0.5"],
+    ]

@@ -411,3 +411,27 @@ def test_fifty_pictures_in_a_row_are_trained_counted_or_said_to_be_too_many(proc
         ChatCollator(processor, max_length=256)([row])
     with pytest.raises(RowError, match="row-17: 50 images but 49 places for them"):
         collator([{**row, "messages": [{"role": "user", "content": "<image>" * 49}, row["messages"][1]]}])
+
+
+def test_files_that_name_nothing_or_one_file_twice_are_refused(tmp_path: Path) -> None:
+    written(tmp_path, **{"a.json": [{"q": 1}]})
+    with pytest.raises(CardError, match="files names no file"):
+        read({"files": []}, tmp_path)
+    with pytest.raises(CardError, match="a.json is named twice, its rows would be read twice"):
+        read({"files": ["a.json", "*.json"]}, tmp_path)
+
+
+def test_a_blank_id_is_none(tmp_path: Path) -> None:
+    written(tmp_path, **{"a.json": [{"id": " "}, {"id": 0}, {"id": "", "pid": "p"}]})
+    assert [row["id"] for row in read({"files": ["a.json"]}, tmp_path)] == ["0", "0", "p"]
+
+
+def test_a_link_that_leads_out_of_the_data_folder_is_called_one(tmp_path: Path) -> None:
+    written(tmp_path, **{"elsewhere/1.png": png(), "data/2.png": png()})
+    (tmp_path / "data" / "pictures").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(
+        RowError, match=r"'pictures/1.png' leaves the data folder .*leads by a link to .*elsewhere/1.png"
+    ):
+        locate(["pictures/1.png"], tmp_path / "data", where="row")
+    with pytest.raises(RowError, match="leaves the data folder '[^']*'.$"):
+        locate(["../elsewhere/1.png"], tmp_path / "data", where="row")

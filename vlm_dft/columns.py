@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import string
 from collections.abc import Mapping
@@ -62,6 +63,16 @@ def text_of(value: Any, column: str, where: str) -> str:
             f"column {column} holds a {type(value).__name__}",
         )
     return str(value)
+
+
+def list_of(value: Any) -> list[Any]:
+    """A cell as a list: one value is a list of it, and the JSON text of a list is that list, as tables without lists hold it."""
+    if isinstance(value, str) and value[:1] == "[" and value.rstrip()[-1:] == "]":
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return [value]
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def is_nan(value: Any) -> bool:

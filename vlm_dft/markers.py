@@ -33,6 +33,18 @@ def count_numbered(messages: Iterable[Message]) -> int:
     return sum(len(NUMBERED.findall(text)) for text in _asked(messages))
 
 
+def joined_texts(message: Message) -> Message:
+    """A message asked in text parts alone, with markers among them, as one string: its markers are read there."""
+    content = message.get("content")
+    if message["role"] == "assistant" or not isinstance(content, list) or not content:
+        return message
+    if not all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        return message
+    text = "".join(str(part.get("text")) for part in content)
+    marked = NUMBERED.search(text) or any(spelling in text for each in SPELLINGS.values() for spelling in each)
+    return {**message, "content": text} if marked else message
+
+
 def read_numbered(messages: list[Message], images: list[Any], *, where: str) -> tuple[list[Message], list[Any], str]:
     """(messages with `<image>` for every `<image_N>`, the images in that order, what is to be said of it).
 

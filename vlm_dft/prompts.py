@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vlm_dft.cards import nearest
-from vlm_dft.columns import column_of, fill, is_nan, text_of
+from vlm_dft.columns import column_of, fill, is_nan, list_of, text_of
 from vlm_dft.errors import RowError
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -61,7 +61,8 @@ def _column(card: Mapping[str, Any], key: str, row: Mapping[str, Any], *, where:
             f"{where}: no column {column!r} ({key}).{nearest(column, row)} Columns found: {', '.join(map(str, row))}.",
             f"no column {column}",
         )
-    return None if is_nan(row[column]) else row[column]
+    value = None if is_nan(row[column]) else row[column]
+    return list_of(value) if key == "options" and isinstance(value, str) and value.startswith("[") else value
 
 
 def _options_text(choices: Any, *, where: str) -> str:
@@ -69,7 +70,7 @@ def _options_text(choices: Any, *, where: str) -> str:
         return ""
     if isinstance(choices, str) or not isinstance(choices, Sequence) or len(choices) > len(LETTERS):
         raise RowError(
-            f"{where}: expected a list of at most {len(LETTERS)} choices, found {str(choices)[:80]!r}.",
+            f"{where}: expected a list of at most {len(LETTERS)} choices, or its JSON text, found {str(choices)[:80]!r}.",
             "options are no list",
         )
     for k, choice in enumerate(choices):

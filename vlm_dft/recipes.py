@@ -21,6 +21,7 @@ from vlm_dft.row_examples import filtered, made_of, where_of
 from vlm_dft.row_formats import Detected, agree, detect, format_of
 from vlm_dft.rows import Row, files_of, read_rows, source_root
 
+SOON = 1000  # rows after which a column to filter by that none of them has is the card's error
 MAX_SOURCES = 50  # that are logged, gauged and watched one by one
 
 
@@ -117,6 +118,8 @@ def places(
     for k, place in enumerate(_read(card, root, start)):
         if k >= left:
             return
+        if k == SOON and first is not None and (lacking := unseen & set(card.get("keep") or {})):
+            raise _no_such_column(card, sorted(lacking)[0], first, f"none of the first {SOON:,} rows")
         if not isinstance(place, Outcome):
             unseen -= set(place)
             if first is None:
@@ -125,11 +128,14 @@ def places(
                 place = Outcome(str(place["id"]), error=error)
         yield place
     if unseen and first is not None:
-        name = sorted(unseen)[0]
-        raise CardError(
-            f"Recipe {card['name']!r} names a column {name!r}, which no row has.{nearest(name, first.row)} Columns of the first row: "
-            f"{', '.join(map(str, first.row))}."
-        )
+        raise _no_such_column(card, sorted(unseen)[0], first, "no row")
+
+
+def _no_such_column(card: Mapping[str, Any], name: str, first: _First, rows: str) -> CardError:
+    return CardError(
+        f"Recipe {card['name']!r} names a column {name!r}, which {rows} has.{nearest(name, first.row)} Columns of the first row: "
+        f"{', '.join(map(str, first.row))}."
+    )
 
 
 def _read(card: Mapping[str, Any], root: Path | None, start: int) -> Iterator[Row | Outcome]:

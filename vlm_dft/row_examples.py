@@ -11,7 +11,7 @@ from vlm_dft.chat import Example, Message, as_example, is_trained
 from vlm_dft.columns import fill, is_nan
 from vlm_dft.errors import RowError
 from vlm_dft.filters import why_dropped
-from vlm_dft.markers import MARKERS, MISMATCH, NUMBERED, count_markers, count_numbered, read_numbered
+from vlm_dft.markers import MARKERS, MISMATCH, NUMBERED, count_markers, count_numbered, joined_texts, read_numbered
 from vlm_dft.prompts import prompt_text, right_option
 from vlm_dft.response_text import finish, with_ending
 from vlm_dft.row_formats import format_of, inline_images, media_of, messages_of, tools_of
@@ -35,15 +35,18 @@ def made_of(card: Mapping[str, Any], row: Mapping[str, Any], root: Path | None) 
         messages = messages_of(row, form, where=where)
         own = row.get("source") if form.column else None  # a mixture of conversations tells its sources apart itself
         tools, option = tools_of(row.get("tools"), where), {}
-    images = [fill(card["image"], row, where=where)] if "image" in card else media_of(card, row, "image")
-    videos = media_of(card, row, "video")
+    images = [fill(card["image"], row, where=where)] if "image" in card else media_of(card, row, "image", where=where)
+    videos = media_of(card, row, "video", where=where)
+    messages = [joined_texts(message) for message in messages]
     messages, inline = inline_images(messages)
     if inline and images:
         raise RowError(f"{where}: images both as <img> in the text and in a column. Give them in one place.", MISMATCH)
     images = images or inline
     _check_media(card, row, messages, {"image": images, "video": videos}, where)
     for k, message in enumerate(messages):
-        if message["role"] == "user" and not message["content"] and not (images or videos):
+        content = message["content"]
+        blank = not (content.strip() if isinstance(content, str) else content)
+        if message["role"] == "user" and blank and not (images or videos):
             raise RowError(f"{where}, turn {k}: the question is empty.", "a question is empty")
     changed = []
     if card.get("system") and messages[0]["role"] == "system":

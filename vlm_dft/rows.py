@@ -104,7 +104,7 @@ def read_rows(
 
 
 def _id(row: Mapping[str, Any], otherwise: int | str) -> str:
-    own = (row[column] for column in ("id", "pid") if row.get(column) is not None)
+    own = (row[column] for column in ("id", "pid") if str(row.get(column, "")).strip() and row[column] is not None)
     return str(next(own, otherwise))
 
 
@@ -138,7 +138,9 @@ def files_of(source: Mapping[str, Any], root: Path | None, *, where: str) -> lis
         folders = [root / name for name in copies_of(source) if (root / name).is_dir()]
         copies = (local_files(folder, source, where=where) for folder in folders)
         return [(path, str(path.relative_to(root))) for path in next(filter(None, copies), [])]
-    names = source.get("embedded", source.get("files", []))
+    names = source.get("embedded", source.get("files"))
+    if not names:
+        raise CardError(f"{where}, source: files names no file. Expected names below --data, or patterns of them.")
     found: list[tuple[Path, str]] = []
     for name in [names] if isinstance(names, str) else list(names):
         if not isinstance(name, str) or "://" in name:
@@ -164,6 +166,12 @@ def files_of(source: Mapping[str, Any], root: Path | None, *, where: str) -> lis
                 f"{name.rstrip('/')}/*.parquet."
             )
         found += [(each, str(each.relative_to(root)) if each.is_relative_to(root) else str(each)) for each in paths]
+    seen = set[Path]()
+    twice = next((name for path, name in found if path in seen or seen.add(path)), None)  # type: ignore[func-returns-value]
+    if twice is not None:
+        raise CardError(
+            f"{where}, source: {twice} is named twice, its rows would be read twice. Name it once; a mixture's `repeat` trains rows twice."
+        )
     return found
 
 
@@ -228,7 +236,13 @@ def _local(source: Any, root: Path | None, *, where: str, remote: bool, kind: st
     folder = _resolved(root)
     path = Path(os.path.realpath(root / name)) if "\0" not in name else folder / "\0"
     if not path.is_relative_to(folder):
-        raise RowError(f"{where}: {name!r} leaves the data folder {str(root)!r}.", f"{kind} outside the data folder")
+        linked = not name.startswith("/") and ".." not in name.split("/")
+        raise RowError(
+            f"{where}: {name!r} leaves the data folder {str(root)!r}."
+            + f" It leads by a link to {str(path)[:200]!r}: copy it, or give as --data a folder that holds both."
+            * linked,
+            f"{kind} outside the data folder",
+        )
     if _is_file(path):
         return path
     archive, member = _in_archive(folder, str(path.relative_to(folder)))

@@ -35,6 +35,12 @@ def csv_rows(file: IO[bytes], name: str, delimiter: str) -> Iterator[Place]:
         raise RowError(f"{name}, line 1: {columns}.", "not valid CSV")
     if odd := _not_utf8(columns, f"{name}, line 1"):
         raise odd
+    if any("\r" in column for column in columns):
+        raise RowError(
+            f"{name}, line 1: a carriage return within it: lines end in CR alone, as on old Macs, or a name holds a line break. "
+            "Convert the file: tr '\\r' '\\n' < OLD > NEW.",
+            "not valid CSV",
+        )
     _unique(columns, name)
     if len(columns) == 1 and any(mark in columns[0] for mark in ";\t,"):
         raise RowError(
