@@ -484,3 +484,31 @@ def test_a_conversation_as_json_text_may_be_called_by_what_it_holds(tmp_path: Pa
     assert answers(load(tmp_path, [{"conversations": text}], format="conversations")[0]) == ["a"]
     with pytest.raises(RowError, match="the card says format: messages"):
         load(tmp_path, [{"conversations": text}], format="messages")
+
+
+def test_an_index_in_a_column_of_floats_is_whole(tmp_path: Path) -> None:
+    """As tables hold whole numbers beside nulls."""
+    rows: Rows = [{"q": "q", "a": 1.0, "c": ["x", "y"]}, {"q": "q", "a": 0.5, "c": ["x", "y"]}]
+    said = {"prompt": "{q}", "response": "{letter}", "options": "c", "correct": {"column": "a", "by": "index"}}
+    assert answers(load(tmp_path, rows[:1], **said)[0]) == ["B"]
+    with pytest.raises(RowError, match="'0.5' is none of 0, 1"):
+        load(tmp_path, rows, **said)
+
+
+def test_a_row_without_options_says_so_where_the_card_names_the_right_one(tmp_path: Path) -> None:
+    said = {**OWN, "options": "c", "correct": {"column": "a", "by": "letter"}, "ending": "The answer is ({letter})."}
+    with pytest.raises(
+        RowError, match=r"no options in column 'c', and the card's ending names \{letter\}. Leave such rows out"
+    ):
+        load(tmp_path, [{"q": "q", "a": "B", "c": None}], **said)
+
+
+@pytest.mark.parametrize("word", ["<IMAGE>", "<|image_1|>", "[image]", "<image/>", "<Image 1>"])
+def test_words_that_look_like_a_marker_are_kept_and_said(word: str, tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    rows: Rows = [
+        {"q": f"{word} how many?", "a": "a", "i": "a.png"},
+        {"q": "x < image > y [1]", "a": "<IMAGE>", "i": "a.png"},
+    ]
+    _, account = load(tmp_path, rows, **OWN, images="i")
+    assert ids(account.changed) == {"words that look like a marker of a picture kept as text": ["0"]}

@@ -232,3 +232,15 @@ def test_a_number_said_in_a_conversation_is_text_as_in_a_column(tmp_path: Path) 
         ["12", "0"],
         ["12", "0", "q", "0.5"],
     ]
+
+
+def test_a_conversation_stored_as_lists_by_key_is_read(tmp_path: Path) -> None:
+    """As `datasets` stores a Sequence of a dict."""
+    table = [
+        {"conversations": {"from": ["human", "gpt"], "value": ["q", "a"]}},
+        {"conversations": {"from": ["human"], "value": ["q", "a"]}},
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(table))
+    good, bad = outcomes({"name": "x", "source": {"files": ["rows.json"]}}, str(tmp_path))
+    assert good.example is not None and [m["content"] for m in good.example.messages] == ["q", "a"]
+    assert bad.error is not None and bad.error.reason == "no conversation"

@@ -435,3 +435,19 @@ def test_a_link_that_leads_out_of_the_data_folder_is_called_one(tmp_path: Path) 
         locate(["pictures/1.png"], tmp_path / "data", where="row")
     with pytest.raises(RowError, match="leaves the data folder '[^']*'.$"):
         locate(["../elsewhere/1.png"], tmp_path / "data", where="row")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({"files": 5}, "files must be a text, in quotes if it is a number; found 5"),
+        ({"files": ["a.json", None]}, "expected the name of a file below --data, found None"),
+        ({"hub": "a/b", "revision": 1234567}, "revision must be a text, in quotes if it is a number; found 1234567"),
+        ({"hub": "a/b", "split": None}, "split must be a text"),
+        ({"files": ["a.json"], "revision": "main"}, "revision is of a set on the hub. Found it without hub"),
+    ],
+)
+def test_what_a_source_cannot_say_is_refused(source: Row, message: str, tmp_path: Path) -> None:
+    written(tmp_path, **{"a.json": []})
+    with pytest.raises(CardError, match=message):
+        read(source, tmp_path)

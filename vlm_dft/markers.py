@@ -13,8 +13,23 @@ MARKERS = {"image": "<image>", "video": "<video>"}
 SPELLINGS = {"image": ("<image>", "<ImageHere>"), "video": ("<video>",)}
 NUMBERED = re.compile(r"<image[_ ]?(\d{1,4})>")  # MV-MATH's, MathVision's, MMMU's
 COMPOSITE = "numbered image markers kept as text, the one image first"
+LIKE = re.compile(
+    r"<\|?/?(?:image|img|video|picture)[^<>\n]{0,20}>|\[(?:image|img|video|picture)[ _]?\d*\]", re.IGNORECASE
+)
+LIKENESS = "words that look like a marker of a picture kept as text"
 REFERENCES = "numbered image markers kept as text beside the unnumbered"
 MISMATCH = "markers and media differ in number"
+
+
+def looks_marked(messages: Iterable[Message]) -> bool:
+    """Whether what is asked, its markers made into parts, still holds words that look like one: <IMAGE>, <|image_1|>, [image]."""
+    asked = (m["content"] for m in messages if m["role"] != "assistant")
+    texts = (
+        text
+        for content in asked
+        for text in ([content] if isinstance(content, str) else [part.get("text", "") for part in content])
+    )
+    return any(LIKE.search(NUMBERED.sub("", text)) for text in texts)
 
 
 def media_parts(messages: Iterable[Message], kind: str) -> list[dict[str, Any]]:

@@ -39,13 +39,15 @@ def right_option(card: Mapping[str, Any], row: Mapping[str, Any], *, where: str)
     if "correct" not in card or not _options_text(options, where=where):
         return {}
     column, by = card["correct"]["column"], card["correct"]["by"]
-    value = text_of(column_of(row, column, where=where), column, where).strip()
+    found = column_of(row, column, where=where)
+    whole = isinstance(found, float) and found.is_integer()  # an index in a column that has nulls
+    value = text_of(int(found) if whole else found, column, where).strip()
     texts = [str(option).strip() for option in options]
     known = {"index": list(map(str, range(len(texts)))), "letter": list(LETTERS[: len(texts)]), "text": texts}[by]
     if known.count(value) != 1:
-        found = "none" if value not in known else f"{known.count(value)}"
+        times = "none" if value not in known else f"{known.count(value)}"
         raise RowError(
-            f"{where}: column {column!r} says the right option by its {by}, and {value[:80]!r} is {found} of {', '.join(known)[:200]}.",
+            f"{where}: column {column!r} says the right option by its {by}, and {value[:80]!r} is {times} of {', '.join(known)[:200]}.",
             "right option is not one of the options",
         )
     place = known.index(value)

@@ -8,10 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from vlm_dft.chat import Example, Message, as_example, is_trained
-from vlm_dft.columns import fill, is_nan
+from vlm_dft.columns import columns_of, fill, is_nan
 from vlm_dft.errors import RowError
 from vlm_dft.filters import why_dropped
-from vlm_dft.markers import MARKERS, MISMATCH, NUMBERED, count_markers, count_numbered, joined_texts, read_numbered
+from vlm_dft.markers import (
+    LIKENESS,
+    MARKERS,
+    MISMATCH,
+    NUMBERED,
+    count_markers,
+    count_numbered,
+    joined_texts,
+    looks_marked,
+    read_numbered,
+)
 from vlm_dft.prompts import prompt_text, right_option
 from vlm_dft.response_text import finish, with_ending
 from vlm_dft.row_formats import format_of, inline_images, media_of, messages_of, tools_of
@@ -26,6 +36,8 @@ def made_of(card: Mapping[str, Any], row: Mapping[str, Any], root: Path | None) 
     own = None
     if "prompt" in card:
         option = right_option(card, row, where=where)
+        if "correct" in card and not option:
+            _check_free(card, row, where)
         messages: list[Any] = [
             {"role": "user", "content": prompt_text(card, row, where=where)},
             {"role": "assistant", "content": fill(card["response"], {**row, **option}, where=where).strip()},
@@ -62,6 +74,7 @@ def made_of(card: Mapping[str, Any], row: Mapping[str, Any], root: Path | None) 
         if error.reason == RowError.reason:
             error.reason = "conversation malformed"
         raise
+    said += [LIKENESS] if (made.images or made.videos) and looks_marked(made.messages) else []
     messages, finished = _finish_answers(card, row, option, made.messages, where)
     changed += finished
     example = replace(
@@ -70,6 +83,18 @@ def made_of(card: Mapping[str, Any], row: Mapping[str, Any], root: Path | None) 
         videos=locate(made.videos, folder, where=where, kind="video"),
     )  # fmt: skip
     return example, tuple(filter(None, [*said, *changed]))
+
+
+def _check_free(card: Mapping[str, Any], row: Mapping[str, Any], where: str) -> None:
+    """Refuse a row without options where the card's response or ending names the right one."""
+    for key in ("response", "ending"):
+        named = {"letter", "choice"} & set(columns_of(card.get(key, ""), where=where)) - set(row)
+        if named:
+            raise RowError(
+                f"{where}: no options in column {card['options']!r}, and the card's {key} names {{{sorted(named)[0]}}}. Leave such rows out "
+                f"(keep: {{{card['options']}: {{empty: false}}}}), or say answer: {{free: ..., choice: ...}}.",
+                "no options",
+            )
 
 
 def filtered(card: Mapping[str, Any], row: Mapping[str, Any]) -> str:

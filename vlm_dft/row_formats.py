@@ -181,12 +181,22 @@ def tools_of(tools: Any, where: str) -> list[Any]:
 
 
 def _turns(value: Any) -> Sequence[Any] | None:
-    """The turns in a column: a list, or the JSON text of one; None for anything else and for an empty one."""
+    """The turns in a column: a list, the JSON text of one, or lists of equal length by key; None for anything else and an empty one."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = json.loads(value)
         except json.JSONDecodeError:
             return None
+    if (
+        isinstance(value, Mapping)
+        and len(value) > 1
+        and all(isinstance(held, (list, tuple)) for held in value.values())
+    ):
+        if len({len(held) for held in value.values()}) > 1:
+            return None
+        value = [
+            dict(zip(value, turn, strict=True)) for turn in zip(*value.values(), strict=True)
+        ]  # a Sequence of `datasets`
     return value if isinstance(value, (list, tuple)) and value else None
 
 

@@ -40,6 +40,7 @@ def source_root(source: Mapping[str, Any], data: str | Path | None, *, where: st
             f"{', '.join(READERS)}."
         )
     check_copies(source, where=where)
+    _check_values(source, where)
     if "prepared" in source:
         return None
     if "embedded" in source:
@@ -55,6 +56,18 @@ def source_root(source: Mapping[str, Any], data: str | Path | None, *, where: st
         raise CardError(f"{where}: no data folder at {str(data)!r}.")
     files_of(source, root, where=where)
     return root
+
+
+def _check_values(source: Mapping[str, Any], where: str) -> None:
+    """Raise CardError for a value of a source that is no text (a revision of digits is a number in YAML), or is of no use beside files."""
+    for key, value in source.items():
+        listed = key in ("files", "embedded", "copy") and isinstance(
+            value, list
+        )  # whose items are looked at one by one
+        if not listed and not (isinstance(value, str) and value.strip()):
+            raise CardError(f"{where}, source: {key} must be a text, in quotes if it is a number; found {value!r}.")
+        if key in ("config", "revision") and "hub" not in source:
+            raise CardError(f"{where}, source: {key} is of a set on the hub. Found it without hub: take it out.")
 
 
 def read_rows(
