@@ -498,3 +498,9 @@ def test_a_key_that_comes_twice_in_a_row_is_refused_since_one_value_would_be_los
 def test_a_key_that_comes_twice_in_a_file_of_one_row_is_refused(tmp_path: Path) -> None:
     ((_, found),) = read(written(tmp_path, b'{"q": "x",\n"a": "y",\n"a": "z"}', "rows.json"))
     assert isinstance(found, RowError) and "row 0: the key 'a' is there twice" in str(found)
+
+
+def test_the_json_of_a_webdataset_is_read_as_strictly_as_a_file(tmp_path: Path) -> None:
+    content = tar({"1.json": b'{"q": 1, "q": 2}', "2.json": b'{"q": [NaN]}', "3.json": b'\xef\xbb\xbf{"q": 3}'})
+    (_, first), (_, second), (_, third) = read(written(tmp_path, content, "x.tar"))
+    assert (first.reason, second.reason) == ("a key twice", "NaN in the row") and third["q"] == 3

@@ -512,3 +512,29 @@ def test_words_that_look_like_a_marker_are_kept_and_said(word: str, tmp_path: Pa
     ]
     _, account = load(tmp_path, rows, **OWN, images="i")
     assert ids(account.changed) == {"words that look like a marker of a picture kept as text": ["0"]}
+
+
+def test_a_picture_in_another_column_than_the_cards_is_not_left_out_in_silence(tmp_path: Path) -> None:
+    """As in a webdataset of .png and .jpg members."""
+    import io
+    import tarfile
+
+    with tarfile.open(tmp_path / "x.tar", "w") as file:
+        for name, content in (
+            ("1.json", b'{"q": "q", "a": "a"}'),
+            ("1.jpg", b"x"),
+            ("2.json", b'{"q": "q", "a": "a"}'),
+        ):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            file.addfile(info, io.BytesIO(content))
+    said = card(tmp_path, **{**OWN, "source": {"files": ["x.tar"]}, "images": "png"})
+    first, second = outcomes(said, str(tmp_path), limit=2)
+    assert first.error is not None and "no column 'png' of images, but a file in 'jpg'" in str(first.error)
+    assert second.example is not None  # of text alone
+    unsaid = {**OWN, "source": {"files": ["x.tar"]}}
+    first = next(outcomes(card(tmp_path, **unsaid), str(tmp_path)))
+    assert first.error is not None and "a file in column 'jpg', which the card does not read. Say `images: jpg`" in str(
+        first.error
+    )
+    assert next(outcomes(card(tmp_path, **unsaid, images=None), str(tmp_path))).example is not None

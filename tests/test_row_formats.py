@@ -216,24 +216,6 @@ def test_where_rows_are_read_from_is_said(tmp_path: Path) -> None:
     assert said_source(copy, str(tmp_path)) == "1 file: Set/train.jsonl (a copy of own/Set)"
 
 
-def test_a_number_said_in_a_conversation_is_text_as_in_a_column(tmp_path: Path) -> None:
-    turns = [{"from": "human", "value": 12}, {"from": "gpt", "value": 0}]
-    (tmp_path / "rows.json").write_text(
-        json.dumps(
-            [
-                {"conversations": turns},
-                {"conversations": [*turns, {"from": "human", "value": "q"}, {"from": "gpt", "value": 0.5}]},
-            ]
-        )
-    )
-    card = {"name": "x", "source": {"files": ["rows.json"]}}
-    examples, _ = load_recipe(card, str(tmp_path))
-    assert [[message["content"] for message in example.messages] for example in examples] == [
-        ["12", "0"],
-        ["12", "0", "q", "0.5"],
-    ]
-
-
 def test_a_conversation_stored_as_lists_by_key_is_read(tmp_path: Path) -> None:
     """As `datasets` stores a Sequence of a dict."""
     table = [

@@ -38,7 +38,7 @@ def is_lines(file: IO[bytes], suffix: str) -> bool:
 
 def json_lines(file: IO[bytes], name: str) -> Iterator[Place]:
     """The rows of JSON lines, by the number of their line; a line that cannot be read takes a place, an empty one none."""
-    decoder = _Decoder()
+    decoder = Decoder()
     for number, line in enumerate(file):
         if line.isspace():
             continue
@@ -116,7 +116,7 @@ def probably(raw: bytes) -> str:
     return f"it is {sure} {encoding}. Look, and convert the file: iconv -f {encoding} -t UTF-8 OLD > NEW"
 
 
-class _Decoder(json.JSONDecoder):
+class Decoder(json.JSONDecoder):
     """json's decoder, which also remembers that it met NaN or Infinity, or a key twice in one object."""
 
     def __init__(self) -> None:
@@ -160,7 +160,7 @@ class _Window:
 
     def __init__(self, file: IO[bytes], name: str) -> None:
         self.file, self.name = file, name
-        self.decoder = _Decoder()
+        self.decoder = Decoder()
         self.utf8 = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
         self.opening, self.text, self.at, self.ended = "", "", 0, False
         self.line, self.column = 1, 1  # of text[0]

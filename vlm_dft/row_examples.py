@@ -24,7 +24,7 @@ from vlm_dft.markers import (
 )
 from vlm_dft.prompts import prompt_text, right_option
 from vlm_dft.response_text import finish, with_ending
-from vlm_dft.row_formats import format_of, inline_images, media_of, messages_of, tools_of
+from vlm_dft.row_formats import MEDIA_COLUMNS, format_of, inline_images, media_of, messages_of, tools_of
 from vlm_dft.rows import locate
 
 
@@ -49,6 +49,8 @@ def made_of(card: Mapping[str, Any], row: Mapping[str, Any], root: Path | None) 
         tools, option = tools_of(row.get("tools"), where), {}
     images = [fill(card["image"], row, where=where)] if "image" in card else media_of(card, row, "image", where=where)
     videos = media_of(card, row, "video", where=where)
+    if not images and not videos:
+        _check_unread(card, row, where)
     messages = [joined_texts(message) for message in messages]
     messages, inline = inline_images(messages)
     if inline and images:
@@ -83,6 +85,22 @@ def made_of(card: Mapping[str, Any], row: Mapping[str, Any], root: Path | None) 
         videos=locate(made.videos, folder, where=where, kind="video"),
     )  # fmt: skip
     return example, tuple(filter(None, [*said, *changed]))
+
+
+def _check_unread(card: Mapping[str, Any], row: Mapping[str, Any], where: str) -> None:
+    """Refuse a row whose one file is in a column that the card does not read: a webdataset's .jpg, or its .png among .jpg."""
+    if "image" in card or ("images" in card and (card["images"] is None or card["images"] in row)):
+        return
+    read = {card.get("videos"), *(column for columns in MEDIA_COLUMNS.values() for column in columns)}
+    held = [c for c, value in row.items() if c not in read and isinstance(value, Mapping) and value.get("bytes")]
+    if not held:
+        return
+    if column := card.get("images"):
+        what = f"no column {column!r} of images, but a file in {held[0]!r}. For rows of either kind mix two copies of the card, each "
+        what += f"with its `images` and keep: {{{column}: {{empty: false}}}}"
+    else:
+        what = f"a file in column {held[0]!r}, which the card does not read. Say `images: {held[0]}`, or `images: null` to leave it"
+    raise RowError(f"{where}: {what}.", "a file in a column that the card does not read")
 
 
 def _check_free(card: Mapping[str, Any], row: Mapping[str, Any], where: str) -> None:

@@ -162,8 +162,6 @@ def turn_of(turn: Any, where: str) -> Message:
             f"a turn's content is {content}",
         )
     kept = {key: value for key, value in turn.items() if key not in ("from", "value", "id")}
-    if isinstance(content, (int, float)):  # an answer 0 or 2.5, as in a column
-        content = text_of(content, "content", where)
     return {**kept, "role": ROLES[role], "content": "" if content is None else content}
 
 

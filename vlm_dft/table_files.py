@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
 from vlm_dft.errors import RowError
-from vlm_dft.json_files import RAW, Place, not_utf8
+from vlm_dft.json_files import RAW, Decoder, Place, not_utf8
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -259,7 +259,10 @@ def _with_member(
     columns: dict[str, Any]
     try:
         if ending == "json":
-            found = json.loads(data)
+            decoder = Decoder()
+            found = decoder.checked(decoder.decode(data.decode("utf-8-sig")), where)
+            if isinstance(found, RowError):
+                return found
             columns = found if isinstance(found, dict) else {"json": found}
         elif ending in ("txt", "text", "cls"):
             columns = {ending: data.decode("utf-8-sig")}
