@@ -192,3 +192,17 @@ def test_a_dry_run_measures_the_rows_that_would_be_trained_on(
     card.write_text(text.replace("How many?", "x") + "bad_rows: drop\n")
     found, _ = look(tmp_path, capsys, *words)
     assert found["tokens"] == {"why": "none of the first 4 rows is used: filtered: q is not 'x'"}
+
+
+def test_rows_of_a_hub_set_are_measured_where_a_copy_of_them_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    card = tmp_path / "card.yaml"
+    card.write_text('description: d\nlicence: l\nsource: {hub: own/set}\nprompt: "{q}"\nresponse: "{a}"\n')
+    data = tmp_path / "data"
+    data.mkdir()
+    words = ("--recipe", str(card), "--data", str(data))
+    assert look(tmp_path, capsys, *words)[0]["tokens"] == {"why": "the rows are on the hub"}
+    (data / "train.jsonl").write_text('{"q": "How many?", "a": "Two."}\n' * 3)
+    found, _ = look(tmp_path, capsys, *words)
+    assert (found["rows"], found["tokens"]["sample"]) == (3, 3)

@@ -538,3 +538,12 @@ def test_a_picture_in_another_column_than_the_cards_is_not_left_out_in_silence(t
         first.error
     )
     assert next(outcomes(card(tmp_path, **unsaid, images=None), str(tmp_path))).example is not None
+
+
+@pytest.mark.parametrize("last", ["The answer is 6.", "so the answer is **5**.", "The answer is $5$."])
+def test_an_ending_in_another_dress_is_stated_again_and_said(last: str, tmp_path: Path) -> None:
+    """It might be another answer, and is not what the benchmark extracts."""
+    said = {"prompt": "{q}", "response": "{a}", "ending": "The answer is {n}."}
+    examples, account = load(tmp_path, [{"q": "q", "n": 5, "a": f"Two and three. {last}"}], **said)
+    assert answers(examples) == [f"Two and three. {last}\nThe answer is 5."]
+    assert counts(account.changed) == {"ending appended after another of its kind": 1}

@@ -23,7 +23,7 @@ from vlm_dft.mixture_cards import Source, sources_in
 from vlm_dft.mixture_rows import mixed_places
 from vlm_dft.preflight import Plan
 from vlm_dft.recipes import recipe_root
-from vlm_dft.rows import read_rows
+from vlm_dft.rows import files_of, read_rows
 
 if TYPE_CHECKING:
     from vlm_dft.measuring import Measured
@@ -69,7 +69,7 @@ def _look(source: Source, config: TrainConfig) -> _Look:
     card = source.card
     rows = int(card["rows"]) if card.get("rows") else None
     try:
-        here = not {"hub", "prepared"} & set(card["source"]) and _drawn(card)
+        here = "prepared" not in card["source"] and _drawn(card) and _copied(source)
         root = recipe_root(card, source.data) if here else None
     except UserError as error:
         return _Look(source.name, _limited(rows, config), {"why": str(error)})
@@ -145,6 +145,14 @@ def _entries(card: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 def _by_tokens(entry: Mapping[str, Any]) -> bool:
     return bool({"share", "cap_tokens"} & set(entry))
+
+
+def _copied(source: Source) -> bool:
+    """Whether the rows of a set on the hub are here, in a copy; those of any other source are."""
+    if "hub" not in source.card["source"]:
+        return True
+    root = Path(source.data).expanduser() if source.data else None
+    return root is not None and root.is_dir() and bool(files_of(source.card["source"], root, where=source.name))
 
 
 def _drawn(card: Mapping[str, Any]) -> bool:

@@ -168,8 +168,8 @@ def _with_texts(content: Any, texts: list[str]) -> Any:
 
 def _how(ending: str, text: str) -> str:
     """What is said of a response that an ending was appended to: that it ended in another one is worth knowing."""
-    begins = ending.split("{")[0].strip()
-    another = begins and begins in text.strip().split("\n")[-1]
+    begins = ending.split("{")[0].strip().lower()
+    another = begins and begins in text.strip().split("\n")[-1].lower()
     return "ending appended after another of its kind" if another else "ending appended"
 
 
