@@ -547,3 +547,10 @@ def test_an_ending_in_another_dress_is_stated_again_and_said(last: str, tmp_path
     examples, account = load(tmp_path, [{"q": "q", "n": 5, "a": f"Two and three. {last}"}], **said)
     assert answers(examples) == [f"Two and three. {last}\nThe answer is 5."]
     assert counts(account.changed) == {"ending appended after another of its kind": 1}
+
+
+@pytest.mark.parametrize("twice", ['prompt: "{a}"', "keep: {q: x, q: y}"])
+def test_a_key_that_stands_twice_in_a_card_is_refused_with_its_line(twice: str, tmp_path: Path) -> None:
+    (tmp_path / "card.yaml").write_text(f'{yaml.safe_dump(BASE)}prompt: "{{q}}"\nresponse: "{{a}}"\n{twice}\n')
+    with pytest.raises(CardError, match=r"card.yaml, line 8: the key '(prompt|q)' is there twice"):
+        read_recipe(str(tmp_path / "card.yaml"))
