@@ -89,8 +89,9 @@ def _pieces(template: str, where: str) -> list[tuple[str, str | None]]:
         if column is not None and (not column.strip() or spec or conversion or set(column) & set(".[]{}")):
             shown = column + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
             raise CardError(
-                f"{where}: {{{shown}}} in {template!r} is not a column. Expected a column's plain name in braces: no attributes, "
-                "indices, conversions or formats. A brace that is meant is written twice."
+                f"{where}: {{{shown}}} in {template!r} is not a column. Expected a column's plain name in braces: no "
+                "attributes, indices, conversions or formats (rename a column whose own name has a dot, a colon or a bracket). "
+                "A brace that is meant is written twice."
             )
     return [(literal, column) for literal, column, _, _ in parsed]
 
