@@ -217,6 +217,6 @@ def test_a_check_says_where_the_rows_are_read_from_and_in_which_format(
     found = tmp_path / "found.json"
     check(rows, "--data", rows.parent, "--against", "none", "--json", found)
     said = json.loads(found.read_text())
-    assert said["read_from"] == f"1 file: {rows}"
+    assert said["read_from"] == "1 file: rows.jsonl"
     assert said["format"] == "messages: column 'messages' holds turns of role and content"
     assert f"rows of {said['read_from']}; format {said['format']}" in capsys.readouterr().out.replace("\n", "")
