@@ -412,3 +412,11 @@ def test_a_benchmark_is_read_as_a_recipe_whose_answer_is_the_bare_question(bench
 
     recipe = split_cards(read_benchmark(benchmark))["test"]
     assert recipe["response"] == "{question}" and recipe["images"] == "image" and "answer" not in recipe
+
+
+def test_an_id_that_an_earlier_row_has_is_told(tmp_path: Path) -> None:
+    rows = [{"id": k, "question": "q", "answer": "a"} for k in (7, 7, 8, 7)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    card = {"name": "own", "source": {"files": ["rows.json"]}}
+    found = check(card, str(tmp_path), access=MediaAccess())
+    assert found.remarks["the same id as an earlier row"] == ["7", "7"]

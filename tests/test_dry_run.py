@@ -169,3 +169,40 @@ def test_a_mixture_of_a_set_on_the_hub_says_what_it_cannot_know(
     found, out = look(tmp_path, capsys, "--recipe", "visual_math_mixture")
     assert found["rows"] is None and "mixture" not in found and "# tokens: not estimated, " in out
     assert "# mixture, shuffled: tabmwp, wethink" in out
+
+
+def test_a_dry_run_measures_the_rows_that_would_be_trained_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Filtered rows are not measured; bad ones end it only where training would refuse them too."""
+    rows = [{"q": "How many?", "a": "Two."}, {"q": "filtered", "a": "word " * 500}, {"q": "How many?", "a": None}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "half a {line\n")
+    card = tmp_path / "card.yaml"
+    text = 'description: d\nlicence: l\nsource: {files: [rows.jsonl]}\nprompt: "{q}"\nresponse: "{a}"\nkeep: {q: "How many?"}\n'
+    card.write_text(text)
+    words = ("--recipe", str(card), "--data", str(tmp_path))
+    assert main(["train", *words, "--dry-run"]) == 2
+    assert "card row 2: column 'a' is null" in capsys.readouterr().err
+    for more, said in ((("--bad_rows", "drop"), text), ((), text + "bad_rows: drop\n")):
+        card.write_text(said)
+        found, out = look(tmp_path, capsys, *words, *more)
+        tokens = found["tokens"]
+        assert (tokens["sample"], tokens["looked_at"]) == (1, 4) and tokens["longest"] < 100
+        assert "estimated from 1 rows; the longest of them has" in out and "3 of 4 rows looked at are not used" in out
+    card.write_text(text.replace("How many?", "x") + "bad_rows: drop\n")
+    found, _ = look(tmp_path, capsys, *words)
+    assert found["tokens"] == {"why": "none of the first 4 rows is used: filtered: q is not 'x'"}
+
+
+def test_rows_of_a_hub_set_are_measured_where_a_copy_of_them_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    card = tmp_path / "card.yaml"
+    card.write_text('description: d\nlicence: l\nsource: {hub: own/set}\nprompt: "{q}"\nresponse: "{a}"\n')
+    data = tmp_path / "data"
+    data.mkdir()
+    words = ("--recipe", str(card), "--data", str(data))
+    assert look(tmp_path, capsys, *words)[0]["tokens"] == {"why": "the rows are on the hub"}
+    (data / "train.jsonl").write_text('{"q": "How many?", "a": "Two."}\n' * 3)
+    found, _ = look(tmp_path, capsys, *words)
+    assert (found["rows"], found["tokens"]["sample"]) == (3, 3)

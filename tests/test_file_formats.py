@@ -474,3 +474,33 @@ def test_the_real_bad_files_are_named_for_what_they_are(shared: Path) -> None:
 def test_a_real_file_named_json_that_is_json_lines_is_read(shared: Path) -> None:
     path = shared / "puzzlevqa" / "PuzzleVQA" / "data" / "venn.json"
     assert kind_of(path, "x") == "jsonl" and len(read(path)) == 7
+
+
+def test_a_table_whose_lines_end_in_carriage_returns_alone_is_not_read_as_empty(tmp_path: Path) -> None:
+    path = written(tmp_path, b"q,a\rx,1\ry,2\r", "old.csv")
+    with pytest.raises(RowError, match=r"old.csv, line 1: .* lines end in CR alone.* tr '\\r' '\\n' < OLD > NEW"):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b'{"q": "x", "n": {"a": 1, "a": 2}}\n{"q": "y"}\n', b'[{"q": "x", "n": {"a": 1, "a": 2}}, {"q": "y"}]',
+     b'{"1": {"q": "x", "a": 1, "a": 2}, "2": {"q": "y"}}'],
+)  # fmt: skip
+def test_a_key_that_comes_twice_in_a_row_is_refused_since_one_value_would_be_lost(
+    content: bytes, tmp_path: Path
+) -> None:
+    (_, first), (_, second) = read(written(tmp_path, content, "rows.json"))
+    assert isinstance(first, RowError) and "the key 'a' is there twice" in str(first) and first.reason == "a key twice"
+    assert second == {"q": "y"}
+
+
+def test_a_key_that_comes_twice_in_a_file_of_one_row_is_refused(tmp_path: Path) -> None:
+    ((_, found),) = read(written(tmp_path, b'{"q": "x",\n"a": "y",\n"a": "z"}', "rows.json"))
+    assert isinstance(found, RowError) and "row 0: the key 'a' is there twice" in str(found)
+
+
+def test_the_json_of_a_webdataset_is_read_as_strictly_as_a_file(tmp_path: Path) -> None:
+    content = tar({"1.json": b'{"q": 1, "q": 2}', "2.json": b'{"q": [NaN]}', "3.json": b'\xef\xbb\xbf{"q": 3}'})
+    (_, first), (_, second), (_, third) = read(written(tmp_path, content, "x.tar"))
+    assert (first.reason, second.reason) == ("a key twice", "NaN in the row") and third["q"] == 3

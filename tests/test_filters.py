@@ -22,6 +22,11 @@ ROW = {"grade": 5, "split": "train", "text": "solve x", "none": None, "nan": flo
         ({"split": ["dev", "test"]}, "filtered: split is not one of dev, test"),
         ({"grade": 5.0}, ""),
         ({"yes": 1}, "filtered: yes is not 1"),
+        ({"number": 7}, ""),  # a table of text writes numbers so
+        ({"number": [6, 7.0]}, ""),
+        ({"number": {"not": 7}}, "filtered: number is 7"),
+        ({"text": 7}, "filtered: text is not 7"),
+        ({"grade": "5"}, "filtered: grade is not '5'"),
         ({"skills": "b"}, ""),
         ({"grade": {"min": 3, "max": 8}}, ""),
         ({"grade": {"min": 6, "max": 8}}, "filtered: grade is not 6 to 8"),
@@ -70,9 +75,9 @@ def test_what_a_card_says_of_filters_is_checked(keep: Any, message: str) -> None
         check_keep(keep, where="card")
 
 
-def test_an_absent_column_is_the_cards_error_and_a_word_where_a_number_was_expected_the_rows() -> None:
+def test_an_absent_column_and_a_word_where_a_number_was_expected_are_the_rows_error() -> None:
     with pytest.raises(
-        CardError, match=r"no column 'garde' to filter by. Did you mean 'grade'\? Columns found: grade, split"
+        RowError, match=r"no column 'garde' to filter by. Did you mean 'grade'\? Columns found: grade, split"
     ):
         why_dropped({"garde": {"min": 3}}, ROW, where="row 1")
     with pytest.raises(RowError, match="row 1: keep: text: expected a number to compare, found 'solve x'"):

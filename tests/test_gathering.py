@@ -559,3 +559,23 @@ def test_duplicates_of_a_prepared_source_cannot_be_dropped_in_silence(
     prepared_modules["set"] = rows
     with pytest.raises(CardError, match="duplicates: drop is for sources that are read, and this one is prepared"):
         gather({**STORED, "duplicates": "drop"}, "/data", collator)
+
+
+def test_an_id_that_stands_for_several_rows_is_said(tmp_path: Path, collator: ChatCollator) -> None:
+    card = card_of(tmp_path, "own", [said("a", id=1), said("b", id=1), said("c", id=2)])
+    found = gather(read_recipe(str(tmp_path / card)), str(tmp_path), collator)
+    assert found.accounts[0].notes == {"the same id as an earlier row: an id in this account may mean several": 1}
+    assert found.accounts[0].used == 3
+
+
+def test_a_run_says_of_every_source_where_it_is_read_from_and_in_which_format(tmp_path: Path, processor: Any) -> None:
+    from vlm_dft.config import TrainConfig
+    from vlm_dft.pipeline import gather_for
+
+    for name in ("one", "two"):
+        card_of(tmp_path, name, [said("a")])
+    card = mixture_of(tmp_path, [{"recipe": "one.yaml"}, {"recipe": "two.yaml"}])
+    lines: list[Any] = []
+    gather_for(TrainConfig(data=str(tmp_path)), card, processor, lines.append)
+    form = "format messages: column 'messages' holds turns of role and content"
+    assert lines[:2] == [f"      one: 1 file: one.jsonl; {form}", f"      two: 1 file: two.jsonl; {form}"]

@@ -422,3 +422,135 @@ def test_a_card_says_so_where_a_column_that_nobody_verified_is_named_otherwise(t
         match=r"relies on a column 'solution', which nobody could verify.*Columns found: image, problem, answer",
     ):
         load_recipe(found, str(tmp_path))
+
+
+# What real rows do
+
+
+def test_a_question_of_blanks_is_empty(tmp_path: Path) -> None:
+    with pytest.raises(RowError, match="card row 0, turn 0: the question is empty"):
+        load(tmp_path, [{"q": " \n", "a": "a"}], **OWN)
+
+
+def test_rows_that_lack_a_column_to_filter_by_are_bad_rows_and_one_that_all_lack_is_the_cards_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: Rows = [{"q": "q", "a": "a", "grade": 3}, {"q": "q", "a": "a"}]
+    examples, account = load(tmp_path, rows, **OWN, keep={"grade": 3}, bad_rows="drop")
+    assert len(examples) == 1 and ids(account.dropped) == {"no column grade to filter by": ["1"]}
+    monkeypatch.setattr("vlm_dft.recipes.SOON", 2)
+    with pytest.raises(
+        CardError, match="names a column 'garde', which none of the first 2 rows has. Did you mean 'grade'"
+    ):
+        load(tmp_path, rows * 2, **OWN, keep={"garde": 3}, bad_rows="drop")
+
+
+def test_lists_in_a_table_of_text_are_read_from_their_json(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    row = {"q": "q", "a": "B", "i": '["a.png", "b.png"]', "c": '["yes", "no"]'}
+    ((example,), _) = load(
+        tmp_path, [row], **OWN, images="i", options="c", correct={"column": "a", "by": "letter"}, ending="{choice}"
+    )
+    assert [path.name for path in example.images] == ["a.png", "b.png"]
+    assert example.messages[0]["content"][-1]["text"] == "q\nOptions: (A) yes (B) no"
+    assert answers([example]) == ["B\nno"]
+
+
+def test_two_columns_of_different_pictures_are_refused_and_of_the_same_are_one(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    row = {"question": "q", "answer": "a", "images": ["a.png"], "image": "b.png"}
+    with pytest.raises(RowError, match="columns images, image hold different images. Say in a card .* images: images"):
+        load(tmp_path, [row])
+    assert len(load(tmp_path, [row], images="image")[0][0].images) == 1
+    assert len(load(tmp_path, [{**row, "image": "a.png"}])[0][0].images) == 1
+
+
+def test_markers_in_text_parts_hold_places_as_those_in_a_string(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    parts = [{"type": "text", "text": "Look at <image>"}, {"type": "text", "text": ", how many?"}]
+    row = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "2"}], "images": ["a.png"]}
+    ((example,), _) = load(tmp_path, [row])
+    assert example.messages[0]["content"] == [
+        {"type": "text", "text": "Look at "}, {"type": "image"}, {"type": "text", "text": ", how many?"}
+    ]  # fmt: skip
+    with pytest.raises(RowError, match="1 <image> markers but no images"):
+        load(tmp_path, [{**row, "images": []}])
+
+
+def test_a_conversation_as_json_text_may_be_called_by_what_it_holds(tmp_path: Path) -> None:
+    text = json.dumps([{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}])
+    assert answers(load(tmp_path, [{"conversations": text}], format="conversations")[0]) == ["a"]
+    with pytest.raises(RowError, match="the card says format: messages"):
+        load(tmp_path, [{"conversations": text}], format="messages")
+
+
+def test_an_index_in_a_column_of_floats_is_whole(tmp_path: Path) -> None:
+    """As tables hold whole numbers beside nulls."""
+    rows: Rows = [{"q": "q", "a": 1.0, "c": ["x", "y"]}, {"q": "q", "a": 0.5, "c": ["x", "y"]}]
+    said = {"prompt": "{q}", "response": "{letter}", "options": "c", "correct": {"column": "a", "by": "index"}}
+    assert answers(load(tmp_path, rows[:1], **said)[0]) == ["B"]
+    with pytest.raises(RowError, match="'0.5' is none of 0, 1"):
+        load(tmp_path, rows, **said)
+
+
+def test_a_row_without_options_says_so_where_the_card_names_the_right_one(tmp_path: Path) -> None:
+    said = {**OWN, "options": "c", "correct": {"column": "a", "by": "letter"}, "ending": "The answer is ({letter})."}
+    with pytest.raises(
+        RowError, match=r"no options in column 'c', and the card's ending names \{letter\}. Leave such rows out"
+    ):
+        load(tmp_path, [{"q": "q", "a": "B", "c": None}], **said)
+
+
+@pytest.mark.parametrize("word", ["<IMAGE>", "<|image_1|>", "[image]", "<image/>", "<Image 1>"])
+def test_words_that_look_like_a_marker_are_kept_and_said(word: str, tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    rows: Rows = [
+        {"q": f"{word} how many?", "a": "a", "i": "a.png"},
+        {"q": "x < image > y [1]", "a": "<IMAGE>", "i": "a.png"},
+    ]
+    _, account = load(tmp_path, rows, **OWN, images="i")
+    assert ids(account.changed) == {"words that look like a marker of a picture kept as text": ["0"]}
+
+
+def test_a_picture_in_another_column_than_the_cards_is_not_left_out_in_silence(tmp_path: Path) -> None:
+    """As in a webdataset of .png and .jpg members."""
+    import io
+    import tarfile
+
+    with tarfile.open(tmp_path / "x.tar", "w") as file:
+        for name, content in (
+            ("1.json", b'{"q": "q", "a": "a"}'),
+            ("1.jpg", b"x"),
+            ("2.json", b'{"q": "q", "a": "a"}'),
+        ):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            file.addfile(info, io.BytesIO(content))
+    said = card(tmp_path, **{**OWN, "source": {"files": ["x.tar"]}, "images": "png"})
+    first, second = outcomes(said, str(tmp_path), limit=2)
+    assert first.error is not None and "no column 'png' of images, but a file in 'jpg'" in str(first.error)
+    assert second.example is not None  # of text alone
+    unsaid = {**OWN, "source": {"files": ["x.tar"]}}
+    first = next(outcomes(card(tmp_path, **unsaid), str(tmp_path)))
+    assert first.error is not None and "a file in column 'jpg', which the card does not read. Say `images: jpg`" in str(
+        first.error
+    )
+    assert next(outcomes(card(tmp_path, **unsaid, images=None), str(tmp_path))).example is not None
+
+
+@pytest.mark.parametrize("last", ["The answer is 6.", "so the answer is **5**.", "The answer is $5$."])
+def test_an_ending_in_another_dress_is_stated_again_and_said(last: str, tmp_path: Path) -> None:
+    """It might be another answer, and is not what the benchmark extracts."""
+    said = {"prompt": "{q}", "response": "{a}", "ending": "The answer is {n}."}
+    examples, account = load(tmp_path, [{"q": "q", "n": 5, "a": f"Two and three. {last}"}], **said)
+    assert answers(examples) == [f"Two and three. {last}\nThe answer is 5."]
+    assert counts(account.changed) == {"ending appended after another of its kind": 1}
+
+
+@pytest.mark.parametrize("twice", ['prompt: "{a}"', "keep: {q: x, q: y}"])
+def test_a_key_that_stands_twice_in_a_card_is_refused_with_its_line(twice: str, tmp_path: Path) -> None:
+    (tmp_path / "card.yaml").write_text(f'{yaml.safe_dump(BASE)}prompt: "{{q}}"\nresponse: "{{a}}"\n{twice}\n')
+    with pytest.raises(CardError, match=r"card.yaml, line 8: the key '(prompt|q)' is there twice"):
+        read_recipe(str(tmp_path / "card.yaml"))

@@ -209,3 +209,14 @@ def test_a_mixture_is_checked_by_its_sources(
     monkeypatch.setattr("vlm_dft.recipes_command.model_and_recipe", lambda arguments: (None, card))
     assert check("both") == 2
     assert "Check its sources one by one" in (err := capsys.readouterr().err) and "drawn, drawn_new" in err
+
+
+def test_a_check_says_where_the_rows_are_read_from_and_in_which_format(
+    rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = tmp_path / "found.json"
+    check(rows, "--data", rows.parent, "--against", "none", "--json", found)
+    said = json.loads(found.read_text())
+    assert said["read_from"] == "1 file: rows.jsonl"
+    assert said["format"] == "messages: column 'messages' holds turns of role and content"
+    assert f"rows of {said['read_from']}; format {said['format']}" in capsys.readouterr().out.replace("\n", "")

@@ -10,7 +10,7 @@ from PIL import Image
 
 from vlm_dft.errors import CardError, RowError
 from vlm_dft.examining import examine
-from vlm_dft.recipes import load_recipe, outcomes, read_recipe, said_format
+from vlm_dft.recipes import load_recipe, outcomes, read_recipe, said_format, said_source
 from vlm_dft.row_formats import FORMATS, detect
 
 QA = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
@@ -203,3 +203,26 @@ def test_an_unknown_format_names_the_nearest(tmp_path: Path) -> None:
         CardError, match=r"unknown format 'conversation'. Did you mean 'conversations'\? Known: messages"
     ):
         load(tmp_path, [{"messages": QA}], format="conversation")
+
+
+def test_where_rows_are_read_from_is_said(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b.jsonl", "Set/train.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('{"question": "q", "answer": "a"}')
+    assert said_source({"name": "x", "source": {"files": "*.jsonl"}}, str(tmp_path)) == "2 files: a.jsonl, b.jsonl"
+    hub = {"hub": "own/Set", "revision": "abc"}
+    assert said_source({"name": "x", "source": hub}, None) == "the hub: own/Set, split train, revision abc"
+    copy = {"name": "x", "source": {**hub, "copy": "Set"}}
+    assert said_source(copy, str(tmp_path)) == "1 file: Set/train.jsonl (a copy of own/Set)"
+
+
+def test_a_conversation_stored_as_lists_by_key_is_read(tmp_path: Path) -> None:
+    """As `datasets` stores a Sequence of a dict."""
+    table = [
+        {"conversations": {"from": ["human", "gpt"], "value": ["q", "a"]}},
+        {"conversations": {"from": ["human"], "value": ["q", "a"]}},
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(table))
+    good, bad = outcomes({"name": "x", "source": {"files": ["rows.json"]}}, str(tmp_path))
+    assert good.example is not None and [m["content"] for m in good.example.messages] == ["q", "a"]
+    assert bad.error is not None and bad.error.reason == "no conversation"

@@ -19,6 +19,7 @@ from PIL import Image
 from vlm_dft import ChatCollator
 from vlm_dft.errors import CardError, ImageError, RowError
 from vlm_dft.media import image_size, open_image
+from vlm_dft.recipes import read_recipe
 from vlm_dft.rows import count_rows, fill, locate, locate_images, read_rows, source_fingerprint, source_root
 
 Row = dict[str, Any]
@@ -246,6 +247,35 @@ def test_a_folder_of_pictures_alone_leaves_the_rows_on_the_hub(tmp_path: Path) -
         read({"hub": "a/b"}, tmp_path)
 
 
+def test_rows_that_lie_with_another_sets_pictures_are_not_taken_for_a_copy(tmp_path: Path) -> None:
+    """WeThink's pictures are in LLaVA-CoT-100k, whose train.jsonl lies beside them."""
+    written(tmp_path, **{"train.jsonl": [{"q": "llava-cot's"}], "image/1.png": b"x"})
+    (tmp_path / "card.yaml").write_text(
+        'description: d\nlicence: l\nsource: {hub: own/Think}\nimage_root: "."\nimages: i\nprompt: "{q}"\nresponse: "{q}"\n'
+    )
+    source = read_recipe(str(tmp_path / "card.yaml"))["source"]
+    with pytest.raises(
+        RowError, match=r"--local-dir DIR/Think, where .* Rows are looked for in DIR/own--Think or DIR/Think alone"
+    ):
+        read(source, tmp_path)
+    assert count_rows(source, tmp_path) is None
+    for name in ("Think", "own--Think"):  # the longer name goes first
+        written(tmp_path, **{f"{name}/train.jsonl": json.dumps({"q": name})})
+        assert qs(read(source, tmp_path)) == [name]
+    assert qs(read({**source, "copy": "Think"}, tmp_path)) == ["Think"]
+
+
+def test_a_card_says_that_rows_and_pictures_are_of_one_repository(tmp_path: Path) -> None:
+    written(tmp_path, **{"data/qa_tuning-0.parquet": [{"q": 1}], "images/1.png": b"x"})
+    source = read_recipe("geo170k")["source"]
+    assert qs(read(source, tmp_path)) == [1]
+    for wrong in ("../x", "/x", "", [], 5):
+        with pytest.raises(CardError, match="copy must name the folder below --data"):
+            read({"hub": "a/b", "copy": wrong}, tmp_path)
+    with pytest.raises(CardError, match="copy must name .* beside hub"):
+        read({"files": ["a"], "copy": "."}, tmp_path)
+
+
 def test_real_copies_of_hub_sets_are_read_as_datasets_reads_them(shared: Path) -> None:
     for name, split, column, count in (
         ("hiyouga--geometry3k", "train", "images", 6), ("MathLLMs--MathVision", "testmini", "decoded_image", 24),
@@ -381,3 +411,43 @@ def test_fifty_pictures_in_a_row_are_trained_counted_or_said_to_be_too_many(proc
         ChatCollator(processor, max_length=256)([row])
     with pytest.raises(RowError, match="row-17: 50 images but 49 places for them"):
         collator([{**row, "messages": [{"role": "user", "content": "<image>" * 49}, row["messages"][1]]}])
+
+
+def test_files_that_name_nothing_or_one_file_twice_are_refused(tmp_path: Path) -> None:
+    written(tmp_path, **{"a.json": [{"q": 1}]})
+    with pytest.raises(CardError, match="files names no file"):
+        read({"files": []}, tmp_path)
+    with pytest.raises(CardError, match="a.json is named twice, its rows would be read twice"):
+        read({"files": ["a.json", "*.json"]}, tmp_path)
+
+
+def test_a_blank_id_is_none(tmp_path: Path) -> None:
+    written(tmp_path, **{"a.json": [{"id": " "}, {"id": 0}, {"id": "", "pid": "p"}]})
+    assert [row["id"] for row in read({"files": ["a.json"]}, tmp_path)] == ["0", "0", "p"]
+
+
+def test_a_link_that_leads_out_of_the_data_folder_is_called_one(tmp_path: Path) -> None:
+    written(tmp_path, **{"elsewhere/1.png": png(), "data/2.png": png()})
+    (tmp_path / "data" / "pictures").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(
+        RowError, match=r"'pictures/1.png' leaves the data folder .*leads by a link to .*elsewhere/1.png"
+    ):
+        locate(["pictures/1.png"], tmp_path / "data", where="row")
+    with pytest.raises(RowError, match="leaves the data folder '[^']*'.$"):
+        locate(["../elsewhere/1.png"], tmp_path / "data", where="row")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({"files": 5}, "files must be a text, in quotes if it is a number; found 5"),
+        ({"files": ["a.json", None]}, "expected the name of a file below --data, found None"),
+        ({"hub": "a/b", "revision": 1234567}, "revision must be a text, in quotes if it is a number; found 1234567"),
+        ({"hub": "a/b", "split": None}, "split must be a text"),
+        ({"files": ["a.json"], "revision": "main"}, "revision is of a set on the hub. Found it without hub"),
+    ],
+)
+def test_what_a_source_cannot_say_is_refused(source: Row, message: str, tmp_path: Path) -> None:
+    written(tmp_path, **{"a.json": []})
+    with pytest.raises(CardError, match=message):
+        read(source, tmp_path)

@@ -245,6 +245,10 @@ def check(
             checked.stopped = str(error)
             if not attempt:
                 break
+    seen = set[str]()
+    alike = [row_id for row_id in checked.ids if row_id in seen or seen.add(row_id)]  # type: ignore[func-returns-value]
+    if alike:
+        checked.remarks["the same id as an earlier row"] = alike
     return checked
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import string
 from collections.abc import Mapping
@@ -64,6 +65,16 @@ def text_of(value: Any, column: str, where: str) -> str:
     return str(value)
 
 
+def list_of(value: Any) -> list[Any]:
+    """A cell as a list: one value is a list of it, and the JSON text of a list is that list, as tables without lists hold it."""
+    if isinstance(value, str) and value[:1] == "[" and value.rstrip()[-1:] == "]":
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return [value]
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
 def is_nan(value: Any) -> bool:
     """Whether a value is what tables write for nothing, NaN, or an infinite number."""
     return isinstance(value, float) and not math.isfinite(value)
@@ -78,8 +89,9 @@ def _pieces(template: str, where: str) -> list[tuple[str, str | None]]:
         if column is not None and (not column.strip() or spec or conversion or set(column) & set(".[]{}")):
             shown = column + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
             raise CardError(
-                f"{where}: {{{shown}}} in {template!r} is not a column. Expected a column's plain name in braces: no attributes, "
-                "indices, conversions or formats. A brace that is meant is written twice."
+                f"{where}: {{{shown}}} in {template!r} is not a column. Expected a column's plain name in braces: no "
+                "attributes, indices, conversions or formats (rename a column whose own name has a dot, a colon or a bracket). "
+                "A brace that is meant is written twice."
             )
     return [(literal, column) for literal, column, _, _ in parsed]
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlm_dft.config import TrainConfig
 from vlm_dft.dimensions import Dimensions, dimensions_of
@@ -22,10 +22,14 @@ from vlm_dft.memory import GB, estimate, gpu_bytes, host_bytes, largest_micro_ba
 from vlm_dft.mixture_cards import Source, sources_in
 from vlm_dft.mixture_rows import mixed_places
 from vlm_dft.preflight import Plan
-from vlm_dft.recipes import example_of, recipe_root
-from vlm_dft.rows import read_rows
+from vlm_dft.recipes import recipe_root
+from vlm_dft.rows import files_of, read_rows
+
+if TYPE_CHECKING:
+    from vlm_dft.measuring import Measured
 
 SAMPLE = 32  # rows that are measured
+LOOKED = 1024  # that are looked at for them, where the first are left out
 
 
 def look_ahead(plan: Plan, words: Sequence[str] = ()) -> dict[str, Any]:
@@ -65,7 +69,7 @@ def _look(source: Source, config: TrainConfig) -> _Look:
     card = source.card
     rows = int(card["rows"]) if card.get("rows") else None
     try:
-        here = not {"hub", "prepared"} & set(card["source"]) and _drawn(card)
+        here = "prepared" not in card["source"] and _drawn(card) and _copied(source)
         root = recipe_root(card, source.data) if here else None
     except UserError as error:
         return _Look(source.name, _limited(rows, config), {"why": str(error)})
@@ -77,12 +81,11 @@ def _look(source: Source, config: TrainConfig) -> _Look:
         return _Look(source.name, _limited(rows, config), {"why": why})
     where_from = f"Recipe {card['name']!r}"
     if rows is None:
-        rows = sum(1 for _ in read_rows(card["source"], root, where=where_from))
+        rows = sum(1 for _ in read_rows(card["source"], root, where=where_from, broken=lambda row_id, error: None))
     place = Path(base_model(resolve_model(config.model)))
     if not any((place / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")):
         return _Look(source.name, _limited(rows, config), {"why": f"the processor of {config.model} is not here"})
-    first = list(islice(read_rows(card["source"], root, where=where_from), SAMPLE))
-    return _Look(source.name, _limited(rows, config), _measure(config, [example_of(card, row, root) for row in first]))
+    return _Look(source.name, _limited(rows, config), _measure(config, source))
 
 
 def _sources(plan: Plan) -> list[Source]:
@@ -117,7 +120,8 @@ def _rows(plan: Plan) -> tuple[int | None, dict[str, Any], list[dict[str, Any]]]
         name: sum(n * look.sample[name] for n, look in zip(counts, looks, strict=True)) / sum(counts) for name in names
     }
     most = {name: max(look.sample[name] for look in looks) for name in ("longest", "most_media")}
-    return sum(counts), {"sample": sum(look.sample["sample"] for look in looks), **means, **most}, found
+    seen = {name: sum(look.sample[name] for look in looks) for name in ("sample", "looked_at")}
+    return sum(counts), {**seen, **means, **most}, found
 
 
 def _expected(look: _Look, count: int, measured: bool) -> dict[str, Any]:
@@ -143,6 +147,14 @@ def _by_tokens(entry: Mapping[str, Any]) -> bool:
     return bool({"share", "cap_tokens"} & set(entry))
 
 
+def _copied(source: Source) -> bool:
+    """Whether the rows of a set on the hub are here, in a copy; those of any other source are."""
+    if "hub" not in source.card["source"]:
+        return True
+    root = Path(source.data).expanduser() if source.data else None
+    return root is not None and root.is_dir() and bool(files_of(source.card["source"], root, where=source.name))
+
+
 def _drawn(card: Mapping[str, Any]) -> bool:
     """Whether an embedded set has been drawn already; any other source has."""
     if "embedded" not in card["source"]:
@@ -156,19 +168,34 @@ def _limited(rows: int | None, config: TrainConfig) -> int | None:
     return min(rows, config.limit) if rows and config.limit else rows
 
 
-def _measure(config: TrainConfig, examples: Sequence[Any]) -> dict[str, Any]:
+def _measure(config: TrainConfig, source: Source) -> dict[str, Any]:
+    """What the first rows that would be trained on measure. Raises RowError for one that training would refuse."""
+    from vlm_dft.examining import examine
     from vlm_dft.models import load_processor
     from vlm_dft.training import make_collator
 
     processor = load_processor(config.model, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
     collator = make_collator(processor, config)
-    try:
-        found = [collator.measure(example) for example in examples]
-    except UserError as error:
-        return {"why": str(error)}
+    drop = (config.rows.get("bad_rows") or source.card.get("bad_rows", "refuse")) == "drop"
+    found: list[Measured] = []
+    looked, why = 0, ""
+    with closing(
+        examine(source.card, source.data, collator=collator, limit=min(config.limit or LOOKED, LOOKED))
+    ) as rows:
+        for one in rows:
+            looked += 1
+            if one.outcome.error is not None and not drop:
+                raise one.outcome.error
+            if one.outcome.example is not None and one.measured is not None:
+                found.append(one.measured)
+            why = why or one.outcome.dropped or (one.outcome.error.reason if one.outcome.error is not None else "")
+            if len(found) == SAMPLE:
+                break
+    if not found:
+        return {"why": f"none of the first {looked:,} rows is used" + (f": {why}" if why else "")}
     count = len(found)
     return {
-        "sample": count, "tokens": sum(row.tokens for row in found) / count, "media": sum(row.media for row in found) / count,
+        "sample": count, "looked_at": looked, "tokens": sum(row.tokens for row in found) / count, "media": sum(row.media for row in found) / count,
         "response": sum(row.targets for row in found) / count, "longest": max(row.tokens for row in found),
         "most_media": max(row.media for row in found),
     }  # fmt: skip
@@ -309,10 +336,11 @@ def _source_lines(card: Mapping[str, Any], mixture: Sequence[Mapping[str, Any]])
 def _token_lines(tokens: dict[str, Any]) -> list[str]:
     if "why" in tokens:
         return [f"# tokens: not estimated, {tokens['why']}"]
-    step = tokens["per_step"]
+    step, left_out = tokens["per_step"], tokens["looked_at"] - tokens["sample"]
+    also = f"; {left_out:,} of {tokens['looked_at']:,} rows looked at are not used" if left_out else ""
     return [
         f"# tokens: about {step['tokens']:,} a step ({step['media']:,} of images, {step['response']:,} of responses), estimated from "
-        f"{tokens['sample']} rows; the longest of them has {tokens['longest']:,}"
+        f"{tokens['sample']} rows; the longest of them has {tokens['longest']:,}{also}"
     ]
 
 

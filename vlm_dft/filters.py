@@ -42,13 +42,14 @@ def check_keep(keep: object, *, where: str) -> None:
 def why_dropped(keep: Mapping[str, Any], row: Mapping[str, Any], *, where: str) -> str:
     """The first condition that a row does not meet, "filtered: grade is not 3 to 8"; "" for a row that is kept.
 
-    Raises CardError for a column that the row lacks (unless the condition is about `empty`), RowError for a value that
-    cannot be compared: "many" is neither above nor below 3.
+    Raises RowError for a column that the row lacks (unless the condition is about `empty`; JSON rows may leave out what others
+    have), and for a value that cannot be compared: "many" is neither above nor below 3.
     """
     for column, condition in keep.items():
         if column not in row and not (isinstance(condition, Mapping) and "empty" in condition):
-            raise CardError(
-                f"{where}: keep: no column {column!r} to filter by.{nearest(column, row)} Columns found: {', '.join(map(str, row))}."
+            raise RowError(
+                f"{where}: keep: no column {column!r} to filter by.{nearest(column, row)} Columns found: {', '.join(map(str, row))}.",
+                f"no column {column} to filter by",
             )
         why = _why(column, condition, row.get(column), where)
         if why:
@@ -140,10 +141,20 @@ def _is_values(value: Any) -> bool:
 
 
 def _is_one_of(value: Any, wanted: Any) -> bool:
-    """Whether a cell is one of the values; 1 is 1.0 and not "1" nor true, and a cell that is a list is one if any of it is."""
+    """Whether a cell is one of the values; 1 is 1.0 and "1", as tables of text write it, and not true; a cell that is a list is one
+    if any of it is."""
     values = wanted if isinstance(wanted, list) else [wanted]
     cells = value if isinstance(value, (list, tuple)) else [value]
-    return any(one == cell and isinstance(one, bool) == isinstance(cell, bool) for one in values for cell in cells)
+    return any(_is(one, cell) for one in values for cell in cells)
+
+
+def _is(wanted: Any, cell: Any) -> bool:
+    if isinstance(wanted, (int, float)) and not isinstance(wanted, bool) and isinstance(cell, str):
+        try:
+            cell = float(cell)
+        except ValueError:
+            return False
+    return bool(wanted == cell) and isinstance(wanted, bool) == isinstance(cell, bool)
 
 
 def _is_empty(value: Any) -> bool:

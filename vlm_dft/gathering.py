@@ -159,6 +159,9 @@ class _Reading:
         if held > EMBEDDED:
             del rows
             return self.prepare()
+        alike = len(rows.examples) - len({example.id for example in rows.examples})
+        if alike:
+            account.notes["the same id as an earlier row: an id in this account may mean several"] = alike
         if (
             not self.source.mixed and len(set(rows.sources)) > MAX_SOURCES
         ):  # a column of that name that holds something else

@@ -17,6 +17,37 @@ SPLITS = ("train", "training", "test", "testing", "validation", "valid", "val", 
 SHARD = re.compile(r"-\d{5}-of-\d{5}")  # what follows the split in a file's name on the hub
 
 
+def copies_of(source: Mapping[str, Any]) -> list[str]:
+    """The folders below --data in which a local copy of a hub set may lie; --data itself unless the source's `copy` says others."""
+    names = source.get("copy", ".")
+    return [names] if isinstance(names, str) else list(names)
+
+
+def beside_pictures(source: Mapping[str, Any]) -> dict[str, Any]:
+    """The source of a card with an `image_root`: --data holds the pictures, of another set perhaps, with rows of its own. So a
+    copy of the rows is taken from a folder below it alone that bears the set's name, unless the card says `copy`."""
+    if "hub" not in source or "copy" in source:
+        return dict(source)
+    name = str(source["hub"]).strip("/")
+    return {**source, "copy": [name.replace("/", "--"), name.rpartition("/")[2]]}
+
+
+def check_copies(source: Mapping[str, Any], *, where: str) -> None:
+    """Raise CardError for a `copy` that names no folder below --data, or stands without `hub`."""
+    if "copy" not in source:
+        return
+    names = copies_of(source) if isinstance(source["copy"], (str, list)) else []
+    if "hub" not in source or not names or not all(isinstance(n, str) and n.strip() and _below(n) for n in names):
+        raise CardError(
+            f"{where}, source: copy must name the folder below --data that holds a copy of the hub set (. for --data itself), "
+            f"beside hub; found {source['copy']!r}."
+        )
+
+
+def _below(name: str) -> bool:
+    return not name.startswith("/") and ".." not in name.split("/")
+
+
 def local_files(root: Path, source: Mapping[str, Any], *, where: str) -> list[Path]:
     """The data files of one split in a local copy of a hub set; none where the folder holds no data files at all.
 
@@ -70,9 +101,21 @@ def hub_rows(source: Mapping[str, Any], *, where: str, start: int = 0) -> Iterat
     except Exception as error:  # datasets, httpx, fsspec and pyarrow each raise their own
         raise RowError(
             f"{where}: the hub set {name!r} (split {split}) cannot be read: {type(error).__name__}: {_first_line(error)}. Without "
-            f"network, or to keep a copy: hf download {name} --repo-type dataset --local-dir DIR, and give it as --data DIR.",
+            f"network, or to keep a copy: {_keeping(source)}",
             "hub set cannot be read",
         ) from error
+
+
+def _keeping(source: Mapping[str, Any]) -> str:
+    """How a copy of a hub set is made and given."""
+    download, names = f"hf download {source['hub']} --repo-type dataset --local-dir", copies_of(source)
+    if "." in names:
+        return f"{download} DIR, and give it as --data DIR."
+    places = " or ".join(f"DIR/{name}" for name in names)
+    return (
+        f"{download} DIR/{names[-1]}, where --data DIR is the folder of the pictures. Rows are looked for in {places} alone, "
+        "as those in DIR itself may be another set's; `copy: .` in the card's source says that they are this set's."
+    )
 
 
 def _data_files(root: Path) -> list[Path]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from typing import IO, Any
 
@@ -38,7 +38,7 @@ def is_lines(file: IO[bytes], suffix: str) -> bool:
 
 def json_lines(file: IO[bytes], name: str) -> Iterator[Place]:
     """The rows of JSON lines, by the number of their line; a line that cannot be read takes a place, an empty one none."""
-    decoder = _Decoder()
+    decoder = Decoder()
     for number, line in enumerate(file):
         if line.isspace():
             continue
@@ -73,7 +73,11 @@ def json_whole(file: IO[bytes], name: str) -> Iterator[Place]:
             for key, row in chain(first, pairs):
                 yield key, _row(row, f"{name}, {key!r}")
         else:
-            whole = dict(chain(first, pairs))
+            listed = list(chain(first, pairs))
+            whole = dict(listed)
+            if len(whole) < len(listed):
+                yield 0, key_twice(repeated(key for key, _ in listed), f"{name}, row 0")
+                return
             yield 0, next((value for value in whole.values() if isinstance(value, RowError)), whole)
     else:
         raise RowError(f"{name}: neither JSON (it begins {text.text[:40]!r}) nor JSON lines.", "not valid JSON")
@@ -81,6 +85,17 @@ def json_whole(file: IO[bytes], name: str) -> Iterator[Place]:
         raise text.wrong(
             "more after the end of the JSON. One list, one object or JSON lines are read; for lines, say `kind: jsonl`"
         )
+
+
+def repeated(keys: Iterable[str]) -> str:
+    """The first of some keys that comes again."""
+    seen = set[str]()
+    return next(key for key in keys if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+
+
+def key_twice(key: str, where: str) -> RowError:
+    """The error of an object with two values for a key, of which JSON's readers would each keep another."""
+    return RowError(f"{where}: the key {key!r} is there twice. Keep one of them.", "a key twice")
 
 
 def not_utf8(raw: bytes, at: int, where: str) -> RowError:
@@ -101,27 +116,43 @@ def probably(raw: bytes) -> str:
     return f"it is {sure} {encoding}. Look, and convert the file: iconv -f {encoding} -t UTF-8 OLD > NEW"
 
 
-class _Decoder(json.JSONDecoder):
-    """json's decoder, which also remembers that it met NaN or Infinity."""
+class Decoder(json.JSONDecoder):
+    """json's decoder, which also remembers that it met NaN or Infinity, or a key twice in one object."""
 
     def __init__(self) -> None:
         self.odd: list[str] = []
-        super().__init__(parse_constant=self._constant)
+        self.twice: list[str] = []
+        super().__init__(parse_constant=self._constant, object_pairs_hook=self._object)
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) < len(pairs):
+            self.twice.append(repeated(key for key, _ in pairs))
+        return made
 
     def _constant(self, name: str) -> float:
         self.odd.append(name)
         return float("nan")
 
     def checked(self, found: Any, where: str) -> Any:
-        """What was decoded last; a RowError in its place where it holds NaN or Infinity."""
+        """What was decoded last; a RowError in its place where it holds NaN or Infinity, or a key twice."""
+        if self.twice:
+            key = self.twice[0]
+            self.forget()
+            return key_twice(key, where)
         if not self.odd:
             return found
         column = (
             next((key for key, value in found.items() if _has_nan(value)), None) if isinstance(found, dict) else None
         )
         what = f"column {column!r} holds {self.odd[0]}" if column is not None else f"found {self.odd[0]}"
-        self.odd.clear()
+        self.forget()
         return RowError(f"{where}: {what}, which JSON does not have. Write null, or the number.", "NaN in the row")
+
+    def forget(self) -> None:
+        """What was met before."""
+        self.odd.clear()
+        self.twice.clear()
 
 
 class _Window:
@@ -129,7 +160,7 @@ class _Window:
 
     def __init__(self, file: IO[bytes], name: str) -> None:
         self.file, self.name = file, name
-        self.decoder = _Decoder()
+        self.decoder = Decoder()
         self.utf8 = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
         self.opening, self.text, self.at, self.ended = "", "", 0, False
         self.line, self.column = 1, 1  # of text[0]
@@ -161,7 +192,7 @@ class _Window:
     def value(self) -> Any:
         """The value that begins here; a RowError in its place where it holds bytes that are not UTF-8."""
         while True:
-            self.decoder.odd.clear()
+            self.decoder.forget()
             try:
                 found, end = self.decoder.raw_decode(self.text, self.at)
                 if end < len(self.text) or not self.more():  # a number at the edge may go on
@@ -173,7 +204,7 @@ class _Window:
             except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
                 raise self.wrong(str(error)) from error
         begin, self.at = self.at, end
-        if self.decoder.odd:
+        if self.decoder.odd or self.decoder.twice:
             line, column = self.position(begin)
             return self.decoder.checked(found, f"{self.name}, line {line}, column {column}")
         if self.raw and (odd := RAW.search(self.text, begin, end)):

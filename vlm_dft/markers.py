@@ -13,8 +13,23 @@ MARKERS = {"image": "<image>", "video": "<video>"}
 SPELLINGS = {"image": ("<image>", "<ImageHere>"), "video": ("<video>",)}
 NUMBERED = re.compile(r"<image[_ ]?(\d{1,4})>")  # MV-MATH's, MathVision's, MMMU's
 COMPOSITE = "numbered image markers kept as text, the one image first"
+LIKE = re.compile(
+    r"<\|?/?(?:image|img|video|picture)[^<>\n]{0,20}>|\[(?:image|img|video|picture)[ _]?\d*\]", re.IGNORECASE
+)
+LIKENESS = "words that look like a marker of a picture kept as text"
 REFERENCES = "numbered image markers kept as text beside the unnumbered"
 MISMATCH = "markers and media differ in number"
+
+
+def looks_marked(messages: Iterable[Message]) -> bool:
+    """Whether what is asked, its markers made into parts, still holds words that look like one: <IMAGE>, <|image_1|>, [image]."""
+    asked = (m["content"] for m in messages if m["role"] != "assistant")
+    texts = (
+        text
+        for content in asked
+        for text in ([content] if isinstance(content, str) else [part.get("text", "") for part in content])
+    )
+    return any(LIKE.search(NUMBERED.sub("", text)) for text in texts)
 
 
 def media_parts(messages: Iterable[Message], kind: str) -> list[dict[str, Any]]:
@@ -31,6 +46,18 @@ def count_markers(messages: Iterable[Message], kind: str = "image") -> int:
 def count_numbered(messages: Iterable[Message]) -> int:
     """The same of numbered ones."""
     return sum(len(NUMBERED.findall(text)) for text in _asked(messages))
+
+
+def joined_texts(message: Message) -> Message:
+    """A message asked in text parts alone, with markers among them, as one string: its markers are read there."""
+    content = message.get("content")
+    if message["role"] == "assistant" or not isinstance(content, list) or not content:
+        return message
+    if not all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        return message
+    text = "".join(str(part.get("text")) for part in content)
+    marked = NUMBERED.search(text) or any(spelling in text for each in SPELLINGS.values() for spelling in each)
+    return {**message, "content": text} if marked else message
 
 
 def read_numbered(messages: list[Message], images: list[Any], *, where: str) -> tuple[list[Message], list[Any], str]:

@@ -28,12 +28,13 @@ from vlm_dft.kinds import MEANING
 from vlm_dft.loss_head import attach_loss
 from vlm_dft.metrics import summarise
 from vlm_dft.mixed import places_by_source
-from vlm_dft.mixture_cards import entry_objectives
+from vlm_dft.mixture_cards import entry_objectives, sources_in
 from vlm_dft.model_card import write_card
 from vlm_dft.models import device_kind, load_model, load_processor
 from vlm_dft.preflight import Plan
 from vlm_dft.probing import gauge
 from vlm_dft.progress import read_metrics
+from vlm_dft.recipes import said_format, said_source
 from vlm_dft.reporting import report_table, write_report
 from vlm_dft.runs import begun, hold, write_json, write_provenance, write_text
 from vlm_dft.training import leave_engines, make_collator, train_objective
@@ -107,7 +108,9 @@ def read_parts(folder: Path) -> dict[str, Any]:
 
 
 def gather_for(config: TrainConfig, card: Mapping[str, Any], processor: Any, echo: Echo) -> Gathered:
-    """What a config trains on, its account said."""
+    """What a config trains on, how it is read and its account said."""
+    for one in sources_in(card, config.data):
+        echo(f"      {one.name}: {said_source(one.card, one.data)}; format {said_format(one.card, one.data)}")
     gathered = gather(
         card, config.data, make_collator(processor, config), seed=config.seed, echo=echo, **config.rows
     )  # fmt: skip

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vlm_dft.cards import nearest
-from vlm_dft.columns import column_of, fill, is_nan, text_of
+from vlm_dft.columns import column_of, fill, is_nan, list_of, text_of
 from vlm_dft.errors import RowError
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -39,13 +39,15 @@ def right_option(card: Mapping[str, Any], row: Mapping[str, Any], *, where: str)
     if "correct" not in card or not _options_text(options, where=where):
         return {}
     column, by = card["correct"]["column"], card["correct"]["by"]
-    value = text_of(column_of(row, column, where=where), column, where).strip()
+    found = column_of(row, column, where=where)
+    whole = isinstance(found, float) and found.is_integer()  # an index in a column that has nulls
+    value = text_of(int(found) if whole else found, column, where).strip()
     texts = [str(option).strip() for option in options]
     known = {"index": list(map(str, range(len(texts)))), "letter": list(LETTERS[: len(texts)]), "text": texts}[by]
     if known.count(value) != 1:
-        found = "none" if value not in known else f"{known.count(value)}"
+        times = "none" if value not in known else f"{known.count(value)}"
         raise RowError(
-            f"{where}: column {column!r} says the right option by its {by}, and {value[:80]!r} is {found} of {', '.join(known)[:200]}.",
+            f"{where}: column {column!r} says the right option by its {by}, and {value[:80]!r} is {times} of {', '.join(known)[:200]}.",
             "right option is not one of the options",
         )
     place = known.index(value)
@@ -61,7 +63,8 @@ def _column(card: Mapping[str, Any], key: str, row: Mapping[str, Any], *, where:
             f"{where}: no column {column!r} ({key}).{nearest(column, row)} Columns found: {', '.join(map(str, row))}.",
             f"no column {column}",
         )
-    return None if is_nan(row[column]) else row[column]
+    value = None if is_nan(row[column]) else row[column]
+    return list_of(value) if key == "options" and isinstance(value, str) and value.startswith("[") else value
 
 
 def _options_text(choices: Any, *, where: str) -> str:
@@ -69,7 +72,7 @@ def _options_text(choices: Any, *, where: str) -> str:
         return ""
     if isinstance(choices, str) or not isinstance(choices, Sequence) or len(choices) > len(LETTERS):
         raise RowError(
-            f"{where}: expected a list of at most {len(LETTERS)} choices, found {str(choices)[:80]!r}.",
+            f"{where}: expected a list of at most {len(LETTERS)} choices, or its JSON text, found {str(choices)[:80]!r}.",
             "options are no list",
         )
     for k, choice in enumerate(choices):

@@ -13,14 +13,16 @@ from vlm_dft.archives import image_folder
 from vlm_dft.cards import find_card, nearest, read_card
 from vlm_dft.chat import Example, unroll
 from vlm_dft.errors import CardError, RowError
+from vlm_dft.hub_sets import beside_pictures
 from vlm_dft.mixture_cards import check_row_rules, is_mixture_file, read_mixture, sources_in
 from vlm_dft.prepared import is_prepared, open_prepared, prepared_card
 from vlm_dft.recipe_cards import OPTIONAL, REQUIRED, check_recipe
 from vlm_dft.response_text import ALL_KEPT
 from vlm_dft.row_examples import filtered, made_of, where_of
 from vlm_dft.row_formats import Detected, agree, detect, format_of
-from vlm_dft.rows import Row, read_rows, source_root
+from vlm_dft.rows import Row, files_of, read_rows, source_root
 
+SOON = 1000  # rows after which a column to filter by that none of them has is the card's error
 MAX_SOURCES = 50  # that are logged, gauged and watched one by one
 
 
@@ -66,7 +68,7 @@ def read_recipe(name: str, within: Sequence[Path] = ()) -> dict[str, Any]:
         return {**prepared_card(card["source"]["prepared"]), **card}  # whose rows are examples already
     check_recipe(card, where=f"Recipe {name!r}")
     check_row_rules(card)
-    return card
+    return {**card, "source": beside_pictures(card["source"])} if card.get("image_root") else card
 
 
 def recipe_root(card: Mapping[str, Any], data: str | None) -> Path | None:
@@ -118,6 +120,8 @@ def places(
     for k, place in enumerate(_read(card, root, start)):
         if k >= left:
             return
+        if k == SOON and first is not None and (lacking := unseen & set(card.get("keep") or {})):
+            raise _no_such_column(card, sorted(lacking)[0], first, f"none of the first {SOON:,} rows")
         if not isinstance(place, Outcome):
             unseen -= set(place)
             if first is None:
@@ -126,11 +130,14 @@ def places(
                 place = Outcome(str(place["id"]), error=error)
         yield place
     if unseen and first is not None:
-        name = sorted(unseen)[0]
-        raise CardError(
-            f"Recipe {card['name']!r} names a column {name!r}, which no row has.{nearest(name, first.row)} Columns of the first row: "
-            f"{', '.join(map(str, first.row))}."
-        )
+        raise _no_such_column(card, sorted(unseen)[0], first, "no row")
+
+
+def _no_such_column(card: Mapping[str, Any], name: str, first: _First, rows: str) -> CardError:
+    return CardError(
+        f"Recipe {card['name']!r} names a column {name!r}, which {rows} has.{nearest(name, first.row)} Columns of the first row: "
+        f"{', '.join(map(str, first.row))}."
+    )
 
 
 def _read(card: Mapping[str, Any], root: Path | None, start: int) -> Iterator[Row | Outcome]:
@@ -190,8 +197,26 @@ def _disagrees(card: Mapping[str, Any], first: _First, row: Row) -> RowError | N
     )
 
 
+def said_source(card: Mapping[str, Any], data: str | None) -> str:
+    """Where a recipe's rows are read from: "2 files: a.jsonl, b.jsonl", "the hub: owner/name, split train"."""
+    source, root = card["source"], recipe_root(card, data)
+    if "prepared" in source:
+        return f"prepared before: {source['prepared']}"
+    files = [name for _, name in files_of(source, root, where=f"Recipe {card['name']!r}")]
+    if not files:
+        return (
+            f"the hub: {source['hub']}, split {source.get('split', 'train')}, revision {source.get('revision', 'main')}"
+        )
+    shown = ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")
+    return f"{len(files)} file{'s' * (len(files) > 1)}: {shown}" + (
+        f" (a copy of {source['hub']})" if "hub" in source else ""
+    )
+
+
 def said_format(card: Mapping[str, Any], data: str | None) -> str:
     """How a recipe's rows are read, and why, by its first row: "conversations: column 'conversations' holds turns of ..."."""
+    if "prepared" in card["source"]:
+        return "examples"
     if "prompt" in card:
         return "the card's own: its prompt and response"
     root = recipe_root(card, data)

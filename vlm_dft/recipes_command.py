@@ -90,6 +90,7 @@ def _check(arguments: argparse.Namespace) -> int:
     from vlm_dft.checking import check, count_rows, spread
     from vlm_dft.contamination import reachable
     from vlm_dft.models import load_processor
+    from vlm_dft.recipes import said_format, said_source
     from vlm_dft.runs import write_json, write_text
     from vlm_dft.training import make_collator
 
@@ -101,6 +102,8 @@ def _check(arguments: argparse.Namespace) -> int:
         against, arguments.benchmark_data or config.data, access=collator.access, workers=workers,
         reading=lambda name: echo(f"reading benchmark {name}"),
     )  # fmt: skip
+    place, form = said_source(card, config.data), said_format(card, config.data)
+    echo(f"rows of {place}; format {form}")
     total = count_rows(card, config.data)
     limit = None if arguments.all else arguments.limit or SAMPLE
     only = spread(total, limit) if total is not None and limit is not None and total > limit else None
@@ -113,7 +116,7 @@ def _check(arguments: argparse.Namespace) -> int:
             progress=lambda rows: bar.update(1 if only is not None and rows else rows),
         )  # fmt: skip
     findings = Findings(card, config, checked, _how(total, limit, checked.read), compared, unread, asked=against != [])
-    found = report(findings)
+    found = {**report(findings), "read_from": place, "format": form}
     for part in tables(found):
         echo(part)
     if arguments.json:

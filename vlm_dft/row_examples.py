@@ -8,13 +8,23 @@ from pathlib import Path
 from typing import Any
 
 from vlm_dft.chat import Example, Message, as_example, is_trained
-from vlm_dft.columns import fill, is_nan
+from vlm_dft.columns import columns_of, fill, is_nan
 from vlm_dft.errors import RowError
 from vlm_dft.filters import why_dropped
-from vlm_dft.markers import MARKERS, MISMATCH, NUMBERED, count_markers, count_numbered, read_numbered
+from vlm_dft.markers import (
+    LIKENESS,
+    MARKERS,
+    MISMATCH,
+    NUMBERED,
+    count_markers,
+    count_numbered,
+    joined_texts,
+    looks_marked,
+    read_numbered,
+)
 from vlm_dft.prompts import prompt_text, right_option
 from vlm_dft.response_text import finish, with_ending
-from vlm_dft.row_formats import format_of, inline_images, media_of, messages_of, tools_of
+from vlm_dft.row_formats import MEDIA_COLUMNS, format_of, inline_images, media_of, messages_of, tools_of
 from vlm_dft.rows import locate
 
 
@@ -26,6 +36,8 @@ def made_of(card: Mapping[str, Any], row: Mapping[str, Any], root: Path | None) 
     own = None
     if "prompt" in card:
         option = right_option(card, row, where=where)
+        if "correct" in card and not option:
+            _check_free(card, row, where)
         messages: list[Any] = [
             {"role": "user", "content": prompt_text(card, row, where=where)},
             {"role": "assistant", "content": fill(card["response"], {**row, **option}, where=where).strip()},
@@ -35,15 +47,20 @@ def made_of(card: Mapping[str, Any], row: Mapping[str, Any], root: Path | None) 
         messages = messages_of(row, form, where=where)
         own = row.get("source") if form.column else None  # a mixture of conversations tells its sources apart itself
         tools, option = tools_of(row.get("tools"), where), {}
-    images = [fill(card["image"], row, where=where)] if "image" in card else media_of(card, row, "image")
-    videos = media_of(card, row, "video")
+    images = [fill(card["image"], row, where=where)] if "image" in card else media_of(card, row, "image", where=where)
+    videos = media_of(card, row, "video", where=where)
+    if not images and not videos:
+        _check_unread(card, row, where)
+    messages = [joined_texts(message) for message in messages]
     messages, inline = inline_images(messages)
     if inline and images:
         raise RowError(f"{where}: images both as <img> in the text and in a column. Give them in one place.", MISMATCH)
     images = images or inline
     _check_media(card, row, messages, {"image": images, "video": videos}, where)
     for k, message in enumerate(messages):
-        if message["role"] == "user" and not message["content"] and not (images or videos):
+        content = message["content"]
+        blank = not (content.strip() if isinstance(content, str) else content)
+        if message["role"] == "user" and blank and not (images or videos):
             raise RowError(f"{where}, turn {k}: the question is empty.", "a question is empty")
     changed = []
     if card.get("system") and messages[0]["role"] == "system":
@@ -59,6 +76,7 @@ def made_of(card: Mapping[str, Any], row: Mapping[str, Any], root: Path | None) 
         if error.reason == RowError.reason:
             error.reason = "conversation malformed"
         raise
+    said += [LIKENESS] if (made.images or made.videos) and looks_marked(made.messages) else []
     messages, finished = _finish_answers(card, row, option, made.messages, where)
     changed += finished
     example = replace(
@@ -67,6 +85,34 @@ def made_of(card: Mapping[str, Any], row: Mapping[str, Any], root: Path | None) 
         videos=locate(made.videos, folder, where=where, kind="video"),
     )  # fmt: skip
     return example, tuple(filter(None, [*said, *changed]))
+
+
+def _check_unread(card: Mapping[str, Any], row: Mapping[str, Any], where: str) -> None:
+    """Refuse a row whose one file is in a column that the card does not read: a webdataset's .jpg, or its .png among .jpg."""
+    if "image" in card or ("images" in card and (card["images"] is None or card["images"] in row)):
+        return
+    read = {card.get("videos"), *(column for columns in MEDIA_COLUMNS.values() for column in columns)}
+    held = [c for c, value in row.items() if c not in read and isinstance(value, Mapping) and value.get("bytes")]
+    if not held:
+        return
+    if column := card.get("images"):
+        what = f"no column {column!r} of images, but a file in {held[0]!r}. For rows of either kind mix two copies of the card, each "
+        what += f"with its `images` and keep: {{{column}: {{empty: false}}}}"
+    else:
+        what = f"a file in column {held[0]!r}, which the card does not read. Say `images: {held[0]}`, or `images: null` to leave it"
+    raise RowError(f"{where}: {what}.", "a file in a column that the card does not read")
+
+
+def _check_free(card: Mapping[str, Any], row: Mapping[str, Any], where: str) -> None:
+    """Refuse a row without options where the card's response or ending names the right one."""
+    for key in ("response", "ending"):
+        named = {"letter", "choice"} & set(columns_of(card.get(key, ""), where=where)) - set(row)
+        if named:
+            raise RowError(
+                f"{where}: no options in column {card['options']!r}, and the card's {key} names {{{sorted(named)[0]}}}. Leave such rows out "
+                f"(keep: {{{card['options']}: {{empty: false}}}}), or say answer: {{free: ..., choice: ...}}.",
+                "no options",
+            )
 
 
 def filtered(card: Mapping[str, Any], row: Mapping[str, Any]) -> str:
@@ -122,8 +168,8 @@ def _with_texts(content: Any, texts: list[str]) -> Any:
 
 def _how(ending: str, text: str) -> str:
     """What is said of a response that an ending was appended to: that it ended in another one is worth knowing."""
-    begins = ending.split("{")[0].strip()
-    another = begins and begins in text.strip().split("\n")[-1]
+    begins = ending.split("{")[0].strip().lower()
+    another = begins and begins in text.strip().split("\n")[-1].lower()
     return "ending appended after another of its kind" if another else "ending appended"
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from vlm_dft.cards import nearest
 from vlm_dft.chat import brief, prompt_and_completion
-from vlm_dft.columns import column_of, is_nan, text_of
+from vlm_dft.columns import column_of, is_nan, list_of, text_of
 from vlm_dft.errors import CardError, RowError
 
 Row = Mapping[str, Any]
@@ -79,7 +79,7 @@ def format_of(card: Mapping[str, Any], row: Row, *, where: str) -> Detected:
         names = [column] if column else CHAT_COLUMNS
         for name in names:
             found = _conversation(row, name) if name in row else None
-            if found is not None and found.name == forced:
+            if found is not None and forced in (found.name, _spelling(_turns(row[name]) or [], name)):
                 return Detected(forced, f"the card says so; {found.why}", name)
         raise RowError(
             f"{where}: the card says format: {forced}, which is a column of {FORMATS[forced]}. Expected one named {' or '.join(names)}."
@@ -121,12 +121,20 @@ def messages_of(row: Row, form: Detected, *, where: str) -> list[Message]:
     return [*_system(row), *made]
 
 
-def media_of(card: Mapping[str, Any], row: Row, kind: str) -> list[Any]:
-    """The sources in the row's column of images or videos: the card's; in a conversation else the usual ones. Nothing is opened."""
-    usual = () if "prompt" in card else MEDIA_COLUMNS[kind]
-    own = card.get(f"{kind}s") or next((c for c in usual if _given(row.get(c))), None)
-    value = row.get(own) if own else None
-    return [] if not _given(value) else list(value) if isinstance(value, (list, tuple)) else [value]
+def media_of(card: Mapping[str, Any], row: Row, kind: str, *, where: str) -> list[Any]:
+    """The sources in the row's column of images or videos: the card's; in a conversation else the usual ones. Nothing is opened.
+
+    Raises RowError where the two usual columns hold different ones: neither is dropped unsaid.
+    """
+    own = card.get(f"{kind}s")
+    columns: tuple[str, ...] = (own,) if own else () if "prompt" in card else MEDIA_COLUMNS[kind]
+    found = {c: list_of(row[c]) for c in columns if _given(row.get(c))}
+    if len(found) == 2 and len({repr(sources) for sources in found.values()}) == 2:
+        raise RowError(
+            f"{where}: columns {_listed(found)} hold different {kind}s. Say in a card which is meant: {kind}s: {next(iter(found))}.",
+            f"two columns of {kind}s",
+        )
+    return next(iter(found.values()), [])
 
 
 def inline_images(messages: list[Message]) -> tuple[list[Message], list[str]]:
@@ -171,12 +179,22 @@ def tools_of(tools: Any, where: str) -> list[Any]:
 
 
 def _turns(value: Any) -> Sequence[Any] | None:
-    """The turns in a column: a list, or the JSON text of one; None for anything else and for an empty one."""
+    """The turns in a column: a list, the JSON text of one, or lists of equal length by key; None for anything else and an empty one."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = json.loads(value)
         except json.JSONDecodeError:
             return None
+    if (
+        isinstance(value, Mapping)
+        and len(value) > 1
+        and all(isinstance(held, (list, tuple)) for held in value.values())
+    ):
+        if len({len(held) for held in value.values()}) > 1:
+            return None
+        value = [
+            dict(zip(value, turn, strict=True)) for turn in zip(*value.values(), strict=True)
+        ]  # a Sequence of `datasets`
     return value if isinstance(value, (list, tuple)) and value else None
 
 
@@ -185,16 +203,25 @@ def _conversation(row: Row, column: str) -> Detected | None:
     turns = _turns(row[column])
     if turns is None:
         return None
-    keys = set(turns[0]) if isinstance(turns[0], Mapping) else set()
     if isinstance(row[column], str):
         return Detected("message", f"column {column!r} is the JSON text of turns", column)
+    name = _spelling(turns, column)
+    held = {
+        "texts": f"pairs of {_listed(turns[0])}",
+        "conversations": "turns of from and value",
+        "messages": "turns of role and content",
+    }
+    return None if name is None else Detected(name, f"column {column!r} holds {held[name]}", column)
+
+
+def _spelling(turns: Sequence[Any], column: str) -> str | None:
+    """The format of turns by the keys of the first."""
+    keys = set(turns[0]) if turns and isinstance(turns[0], Mapping) else set()
     if keys & set(ASKED) and keys & set(ANSWERED):
-        return Detected("texts", f"column {column!r} holds pairs of {_listed(turns[0])}", column)
+        return "texts"
     if "from" in keys and "role" not in keys:
-        return Detected("conversations", f"column {column!r} holds turns of from and value", column)
-    if column == "texts" and not keys:
-        return None  # a column of that name may hold anything
-    return Detected("messages", f"column {column!r} holds turns of role and content", column)
+        return "conversations"
+    return None if column == "texts" and not keys else "messages"  # a column of that name may hold anything
 
 
 def _pair(pair: Any, where: str) -> list[Message]:

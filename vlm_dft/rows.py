@@ -17,12 +17,12 @@ from vlm_dft.cards import check_keys, nearest
 from vlm_dft.columns import fill
 from vlm_dft.errors import CardError, RowError
 from vlm_dft.file_formats import COUNTS, READERS, count_in, file_rows, kind_of
-from vlm_dft.hub_sets import hub_rows, local_files
+from vlm_dft.hub_sets import check_copies, copies_of, hub_rows, local_files
 from vlm_dft.sources import bare_base64
 from vlm_dft.table_files import arrow_files, is_arrow_folder
 
 PLACES = ("embedded", "files", "hub", "prepared")
-SOURCE_KEYS = {*PLACES, "config", "split", "revision", "kind"}
+SOURCE_KEYS = {*PLACES, "config", "split", "revision", "kind", "copy"}
 Row = dict[str, Any]
 
 
@@ -39,6 +39,8 @@ def source_root(source: Mapping[str, Any], data: str | Path | None, *, where: st
             f"{where}, source: unknown kind {source['kind']!r}.{nearest(str(source['kind']), READERS)} Known: "
             f"{', '.join(READERS)}."
         )
+    check_copies(source, where=where)
+    _check_values(source, where)
     if "prepared" in source:
         return None
     if "embedded" in source:
@@ -54,6 +56,18 @@ def source_root(source: Mapping[str, Any], data: str | Path | None, *, where: st
         raise CardError(f"{where}: no data folder at {str(data)!r}.")
     files_of(source, root, where=where)
     return root
+
+
+def _check_values(source: Mapping[str, Any], where: str) -> None:
+    """Raise CardError for a value of a source that is no text (a revision of digits is a number in YAML), or is of no use beside files."""
+    for key, value in source.items():
+        listed = key in ("files", "embedded", "copy") and isinstance(
+            value, list
+        )  # whose items are looked at one by one
+        if not listed and not (isinstance(value, str) and value.strip()):
+            raise CardError(f"{where}, source: {key} must be a text, in quotes if it is a number; found {value!r}.")
+        if key in ("config", "revision") and "hub" not in source:
+            raise CardError(f"{where}, source: {key} is of a set on the hub. Found it without hub: take it out.")
 
 
 def read_rows(
@@ -103,7 +117,7 @@ def read_rows(
 
 
 def _id(row: Mapping[str, Any], otherwise: int | str) -> str:
-    own = (row[column] for column in ("id", "pid") if row.get(column) is not None)
+    own = (row[column] for column in ("id", "pid") if str(row.get(column, "")).strip() and row[column] is not None)
     return str(next(own, otherwise))
 
 
@@ -134,8 +148,12 @@ def files_of(source: Mapping[str, Any], root: Path | None, *, where: str) -> lis
     if root is None:
         return []
     if "hub" in source:
-        return [(path, str(path.relative_to(root))) for path in local_files(root, source, where=where)]
-    names = source.get("embedded", source.get("files", []))
+        folders = [root / name for name in copies_of(source) if (root / name).is_dir()]
+        copies = (local_files(folder, source, where=where) for folder in folders)
+        return [(path, str(path.relative_to(root))) for path in next(filter(None, copies), [])]
+    names = source.get("embedded", source.get("files"))
+    if not names:
+        raise CardError(f"{where}, source: files names no file. Expected names below --data, or patterns of them.")
     found: list[tuple[Path, str]] = []
     for name in [names] if isinstance(names, str) else list(names):
         if not isinstance(name, str) or "://" in name:
@@ -161,6 +179,12 @@ def files_of(source: Mapping[str, Any], root: Path | None, *, where: str) -> lis
                 f"{name.rstrip('/')}/*.parquet."
             )
         found += [(each, str(each.relative_to(root)) if each.is_relative_to(root) else str(each)) for each in paths]
+    seen = set[Path]()
+    twice = next((name for path, name in found if path in seen or seen.add(path)), None)  # type: ignore[func-returns-value]
+    if twice is not None:
+        raise CardError(
+            f"{where}, source: {twice} is named twice, its rows would be read twice. Name it once; a mixture's `repeat` trains rows twice."
+        )
     return found
 
 
@@ -225,7 +249,13 @@ def _local(source: Any, root: Path | None, *, where: str, remote: bool, kind: st
     folder = _resolved(root)
     path = Path(os.path.realpath(root / name)) if "\0" not in name else folder / "\0"
     if not path.is_relative_to(folder):
-        raise RowError(f"{where}: {name!r} leaves the data folder {str(root)!r}.", f"{kind} outside the data folder")
+        linked = not name.startswith("/") and ".." not in name.split("/")
+        raise RowError(
+            f"{where}: {name!r} leaves the data folder {str(root)!r}."
+            + f" It leads by a link to {str(path)[:200]!r}: copy it, or give as --data a folder that holds both."
+            * linked,
+            f"{kind} outside the data folder",
+        )
     if _is_file(path):
         return path
     archive, member = _in_archive(folder, str(path.relative_to(folder)))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
 from vlm_dft.errors import RowError
-from vlm_dft.json_files import RAW, Place, not_utf8
+from vlm_dft.json_files import RAW, Decoder, Place, not_utf8
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -35,6 +35,12 @@ def csv_rows(file: IO[bytes], name: str, delimiter: str) -> Iterator[Place]:
         raise RowError(f"{name}, line 1: {columns}.", "not valid CSV")
     if odd := _not_utf8(columns, f"{name}, line 1"):
         raise odd
+    if any("\r" in column for column in columns):
+        raise RowError(
+            f"{name}, line 1: a carriage return within it: lines end in CR alone, as on old Macs, or a name holds a line break. "
+            "Convert the file: tr '\\r' '\\n' < OLD > NEW.",
+            "not valid CSV",
+        )
     _unique(columns, name)
     if len(columns) == 1 and any(mark in columns[0] for mark in ";\t,"):
         raise RowError(
@@ -253,7 +259,10 @@ def _with_member(
     columns: dict[str, Any]
     try:
         if ending == "json":
-            found = json.loads(data)
+            decoder = Decoder()
+            found = decoder.checked(decoder.decode(data.decode("utf-8-sig")), where)
+            if isinstance(found, RowError):
+                return found
             columns = found if isinstance(found, dict) else {"json": found}
         elif ending in ("txt", "text", "cls"):
             columns = {ending: data.decode("utf-8-sig")}
