@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from vlm_dft.embedded.drawn import cache_root
 from vlm_dft.prepared import VERSION
 from vlm_dft.recipes import recipe_root
+from vlm_dft.rows import source_fingerprint
 
 if TYPE_CHECKING:
     from vlm_dft.collators import ChatCollator
@@ -25,12 +26,13 @@ def ingredients(
 ) -> dict[str, Any]:
     """What a recipe's prepared form depends on. Of pictures that rows name by path the paths alone: they are not read."""
     source = {key: value for key, value in card["source"].items() if key not in ("files", "embedded")}
+    content = source_fingerprint(card["source"], recipe_root(card, data), where=f"Recipe {card['name']!r}")
     return {
         "version": VERSION,
         "card": json.loads(
             json.dumps({key: value for key, value in card.items() if key not in SAID_ONLY}, default=str)
         ),
-        "source": {**source, "content": source_fingerprint(card["source"], recipe_root(card, data))},
+        "source": {**source, "content": content},
         "limit": limit,
         "measured_with": None if collator is None else collator_settings(collator),
     }
@@ -47,18 +49,6 @@ def cache_folder(
     """Where a recipe is prepared when nobody says where: in the cache, by its name and fingerprint."""
     digest = fingerprint_of(ingredients(card, data, collator, limit))
     return cache_root() / "prepared" / f"{card['name']}-{digest[:16]}"
-
-
-def source_fingerprint(source: Mapping[str, Any], root: Path | None) -> str:
-    """A hash of the files that a source's rows are in; of a set on the hub its name and revision."""
-    digest = hashlib.sha256()
-    names = source.get("embedded", source.get("files", []))
-    for name in [names] if isinstance(names, str) else names:
-        assert root is not None, "recipe_root() finds the folder of files"
-        with (root / name).open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    digest.update(json.dumps([source.get(key) for key in ("hub", "config", "split", "revision")]).encode())
-    return digest.hexdigest()
 
 
 def collator_settings(collator: ChatCollator) -> dict[str, Any]:
