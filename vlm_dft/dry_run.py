@@ -100,13 +100,15 @@ def _rows(plan: Plan) -> tuple[int | None, dict[str, Any], list[dict[str, Any]]]
     unknown = next((look for look in looks if not look.rows), None)
     if unknown is not None:
         return None, {"why": f"how many rows {unknown.name} has is not known: {unknown.sample.get('why')}"}, []
-    kind = "tokens" if card.get("share_of") == "all" else "response"
     measured = all("why" not in look.sample for look in looks)
     if not measured and any(map(_by_tokens, _entries(card))):
         why = next(f"{look.name}: {look.sample['why']}" for look in looks if "why" in look.sample)
         return None, {"why": why}, []
-    lengths = [[round(look.sample[kind]) if measured else 1] * int(look.rows or 0) for look in looks]
-    drawn = mixed_places(card, lengths, config.seed)
+    response, tokens = (
+        [[round(look.sample[kind]) if measured else 1] * int(look.rows or 0) for look in looks]
+        for kind in ("response", "tokens")
+    )
+    drawn = mixed_places(card, response, config.seed, tokens=tokens)
     counts = [int((drawn.source == k).sum()) for k in range(len(looks))]
     found = [_expected(look, count, measured) for look, count in zip(looks, counts, strict=True)]
     if not measured:

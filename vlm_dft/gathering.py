@@ -83,8 +83,7 @@ def gather(
             raise RowError(_nothing_left(account))
     examples = Mixed(parts)
     if "mixture" in card:
-        counted = [part.tokens if card.get("share_of") == "all" else part.response for part in parts]
-        drawn = mixed_places(card, counted, seed)
+        drawn = mixed_places(card, [one.response for one in parts], seed, tokens=[one.tokens for one in parts])
         examples = Mixed(parts, drawn.source, drawn.row)
         for k, (part, account) in enumerate(zip(parts, accounts, strict=True)):
             for reason, rows in drawn.left[k].items():
