@@ -189,6 +189,32 @@ def test_rows_that_cannot_be_used_refuse_the_whole_and_leave_nothing(tmp_path: P
 
 
 @pytest.mark.usefixtures("small_shards")
+def test_what_was_prepared_without_bad_rows_is_refused_where_they_are_not_to_be_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card, data, out = make_set(tmp_path / "data", broken=(1, 60)), str(tmp_path / "data"), tmp_path / "out"
+    put = Store.put
+
+    def full(store: Store, name: str, file: Path) -> None:
+        if name == "shard-00002.parquet":
+            raise OSError(28, "No space left on device")
+        put(store, name, file)
+
+    monkeypatch.setattr(Store, "put", full)
+    with pytest.raises(UserError, match="No space left"):
+        prepare(card, data, out, bad_rows="drop")
+    monkeypatch.setattr(Store, "put", put)
+    with pytest.raises(
+        RowError, match=r"card row r1: no image .*\n2 of \d+ rows .*\(r1, r60\).* was begun without them"
+    ):
+        prepare(card, data, out)
+    assert prepare(card, data, out, bad_rows="drop")["rows"] == 128
+    with pytest.raises(RowError, match=r"card row r1: .*\n2 of 130 rows of 'card' .* was prepared without them: mend"):
+        prepare(card, data, out)
+    assert open_prepared(out)[1].id == "r2"
+
+
+@pytest.mark.usefixtures("small_shards")
 def test_the_same_again_has_nothing_to_do_and_something_else_is_refused_by_name(tmp_path: Path, processor: Any) -> None:
     card, out, said = make_set(tmp_path / "data"), tmp_path / "out", list[str]()
     first = prepare(card, str(tmp_path / "data"), out, collator=ChatCollator(processor), limit=50)
