@@ -118,3 +118,42 @@ def test_rows_that_are_there_twice_are_left_out_of_the_prepared_form_too(
     stored, plain = gather(read_recipe(str(tmp_path / "set")), None, collator), gather(once, str(tmp_path), collator)
     assert [e.id for e in stored.examples] == [e.id for e in plain.examples]
     assert stored.accounting["sources"][0]["dropped"] == plain.accounting["sources"][0]["dropped"]
+
+
+def test_a_mixture_drops_the_rows_that_its_prepared_source_holds_twice(
+    tmp_path: Path, collator: ChatCollator, card: dict[str, Any]
+) -> None:
+    prepare(card, str(tmp_path), tmp_path / "set", collator=collator)
+    once = gather({**card, "duplicates": "drop"}, str(tmp_path), collator)
+    mixture = {"description": "d", "licence": "l", "duplicates": "drop", "mixture": [{"recipe": "set"}]}
+    (tmp_path / "mixture.yaml").write_text(yaml.safe_dump(mixture))
+    read = read_recipe(str(tmp_path / "mixture.yaml"))
+    stored = gather(read, None, collator)
+    assert sorted(e.id for e in stored.examples) == sorted(e.id for e in once.examples) and len(once.examples) == 27
+    (account,) = stored.accounting["sources"]
+    assert account["dropped"]["the same as an earlier row"]["rows"] == 2 and account["used"] == 27
+    lengths = [collator.measure(example).tokens for example in stored.examples]
+    assert stored.lengths == lengths and account["tokens"]["all"] == sum(lengths)
+    other = ChatCollator(collator.processor, max_length=80, too_long="shorten_answer")
+    again = gather(read, None, other)
+    assert again.lengths == [len(other([example])["input_ids"][0]) for example in again.examples]
+    assert [e.id for e in again.examples if e.id in ("r28", "r29")] == []
+
+
+def test_a_set_prepared_again_of_a_picture_that_was_replaced_is_another(tmp_path: Path, collator: ChatCollator) -> None:
+    said = [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "One."}]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"id": "r", "messages": said, "images": ["a.bmp"]}))
+    card = {
+        "description": "d",
+        "licence": "l",
+        "source": {"files": ["rows.jsonl"]},
+        "messages": None,
+        "images": "images",
+    }
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(card))
+    prints = []
+    for colour in ("red", "blue"):  # of the same number of bytes
+        Image.new("RGB", (56, 56), colour).save(tmp_path / "a.bmp")
+        prepare(read_recipe(str(tmp_path / "own.yaml")), str(tmp_path), tmp_path / colour, collator=collator)
+        prints.append(gather(read_recipe(str(tmp_path / colour)), None, collator).fingerprint)
+    assert prints[0] != prints[1]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -81,11 +82,11 @@ def prepare(
             job.begin(say)
             return job.work("preparing" if echo else None)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise UserError(
-            f"No space left while preparing {card['name']!r} in {store}.{_room(store, card, limit)} Whole shards are kept: make room, "
-            "and the same command goes on; or choose another folder."
+            f"No space left ({os.strerror(error.errno)}) while preparing {card['name']!r} in {store}.{_room(store, card, limit)} Whole "
+            "shards are kept: make room, and the same command goes on; or choose another folder."
         ) from error
 
 
@@ -392,5 +393,6 @@ def _room(store: Store, card: Mapping[str, Any], limit: int | None) -> str:
         rows = json.loads(store.read(f"{JOURNAL}/{max(journal)}"))["next"]
         said += f", for {rows:,} of {total:,} rows: about {written * max(0, total - rows) / max(1, rows) / 1e6:,.1f} MB more are needed"
     if not store.remote:
-        said += f"; {shutil.disk_usage(store.folder).free / 1e6:,.1f} MB are free"
+        there = next(folder for folder in (store.folder, *store.folder.parents) if folder.exists())
+        said += f"; {shutil.disk_usage(there).free / 1e6:,.1f} MB are free"
     return said + "."
