@@ -376,6 +376,7 @@ class FakePrepared(Sequence[Example]):
             columns[column] = pa.array([row[k] for row in self.tokens], pa.int32())
         kinds = [[0] * len(e.images) + [1] * len(e.videos) for e in self.examples]
         columns["part_kind"] = pa.array(kinds, pa.list_(pa.int8()))
+        columns["changed"] = pa.array([[] for _ in self.examples], pa.list_(pa.string()))
         columns["likeness"] = pa.array([bytes(16)] * len(self.examples), pa.binary(16))
         file = io.BytesIO()
         pq.write_table(pa.table(columns), file)

@@ -157,3 +157,40 @@ def test_a_set_prepared_again_of_a_picture_that_was_replaced_is_another(tmp_path
         prepare(read_recipe(str(tmp_path / "own.yaml")), str(tmp_path), tmp_path / colour, collator=collator)
         prints.append(gather(read_recipe(str(tmp_path / colour)), None, collator).fingerprint)
     assert prints[0] != prints[1]
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_of_rows_that_a_mixture_leaves_out_nothing_is_said_to_have_been_changed(
+    prepared: bool, tmp_path: Path, processor: Any, card: dict[str, Any]
+) -> None:
+    cutting = ChatCollator(processor, max_length=36, too_long="shorten_answer")
+    whole = gather(card, str(tmp_path), cutting)
+    before = {row for rows in whole.accounts[0].changed.values() for row in rows.ids}
+    prepare(card, str(tmp_path), tmp_path / "set", collator=cutting)
+    entry = {"recipe": "set" if prepared else "own.yaml", "cap": 12, "name": "few"}
+    mixture = {"description": "d", "licence": "l", "mixture": [entry]}
+    (tmp_path / "mixture.yaml").write_text(yaml.safe_dump(mixture))
+    found = gather(read_recipe(str(tmp_path / "mixture.yaml")), str(tmp_path), cutting)
+    used = {example.id for example in found.examples}
+    (account,) = found.accounts
+    assert len(used) == account.used == 12 and before - used and before & used
+    assert {row for rows in account.changed.values() for row in rows.ids} == before & used
+    assert sum(rows.rows for rows in account.changed.values()) == len(before & used)
+
+
+def test_a_folder_with_pictures_in_an_archive_may_move_during_a_run(tmp_path: Path, collator: ChatCollator) -> None:
+    import shutil
+    import zipfile
+
+    (tmp_path / "data").mkdir()
+    Image.new("RGB", (56, 56), "red").save(tmp_path / "a.png")
+    with zipfile.ZipFile(tmp_path / "data/pictures.zip", "w") as archive:
+        archive.write(tmp_path / "a.png", "a.png")
+    said = [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "One."}]
+    (tmp_path / "data/rows.jsonl").write_text(json.dumps({"id": "r", "messages": said, "images": ["a.png"]}))
+    source = {"source": {"files": ["rows.jsonl"]}, "messages": None, "images": "images", "image_root": "pictures.zip"}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({"description": "d", "licence": "l", **source}))
+    read = read_recipe(str(tmp_path / "own.yaml"))
+    first = gather(read, str(tmp_path / "data"), collator).fingerprint
+    shutil.move(tmp_path / "data", tmp_path / "elsewhere")
+    assert gather(read, str(tmp_path / "elsewhere"), collator).fingerprint == first

@@ -236,6 +236,7 @@ class _Job:
             "shard": shard.number,
             "row": len(shard.rows),
             "likeness": alike,
+            "changed": outcome.changed,
         }
         shard.rows.append(row | dict(zip(("tokens", "media", "response"), numbers, strict=True)))
 

@@ -27,7 +27,7 @@ PICTURE, FILMS = (
     0,
     (1, 2),
 )  # kinds of the parts of a row in a prepared index: a picture; a video, the first frame of one
-COLUMNS = ["id", "source", "tokens", "media", "response", "part_kind", "likeness"]
+COLUMNS = ["id", "source", "tokens", "media", "response", "part_kind", "likeness", "changed"]
 Fault = Callable[[RowError, str], None]
 
 
@@ -97,6 +97,10 @@ def stored_part(
     pictured = np.array([PICTURE in own for own in kinds], np.bool_)
     filmed = np.array([any(kind in FILMS for kind in own) for own in kinds], np.bool_)
     tokens, media, response = (np.asarray(index[name], np.int64) for name in ("tokens", "media", "response"))
+    effects: dict[str, list[int]] = {}
+    for k, own in enumerate(index["changed"]):
+        for effect in own:
+            effects.setdefault(effect, []).append(k)
     names = index["source"]
     if len(set(names)) > MAX_SOURCES:  # as where rows are read
         names = [str(rows.card["name"])] * len(names)
@@ -105,7 +109,7 @@ def stored_part(
     ]  # what it was made from says nothing of pictures that lie in files
     print_of_all = f"{rows.fingerprint} {content} {count} {settings if said else ''}"
     return (
-        Part(examples, index["id"], tokens, media, response, names, pictured, filmed, print_of_all, dress),
+        Part(examples, index["id"], tokens, media, response, names, pictured, filmed, print_of_all, dress, effects),
         account,
         said,
     )
@@ -128,6 +132,7 @@ def _index(rows: Any) -> dict[str, Any]:
         **found,
         "source": [names[k] for k in coded.indices.to_pylist()],
         "part_kind": [sets.setdefault(one.tobytes(), tuple(one.tolist())) for one in own],
+        "changed": [tuple(own) if own else () for own in found["changed"].to_pylist()],
         **{name: found[name].to_numpy(zero_copy_only=False) for name in ("tokens", "media", "response")},
     }
 
@@ -151,11 +156,10 @@ def _measured_again(
         tokens.append(within(measured, collator.max_length))
         if outcome.changed:
             changed.add(places[k])
-        for effect in outcome.changed:
-            account.change(effect, example.id)
+        index["changed"][k] += outcome.changed
     account.used = len(kept)
     by_kind = dict(zip(("tokens", "media", "response"), np.array(tokens, np.int64).reshape(-1, 3).T, strict=True))
-    others = {name: _some(index[name], kept) for name in ("id", "source", "part_kind")}
+    others = {name: _some(index[name], kept) for name in ("id", "source", "part_kind", "changed")}
     return Fitted(rows, [places[k] for k in kept], frozenset(changed), collator), {**others, **by_kind}
 
 
