@@ -9,7 +9,6 @@ import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from vlm_dft.memory import GB, estimate, gpu_bytes, host_bytes, largest_micro_ba
 from vlm_dft.mixture_cards import Source, sources_in
 from vlm_dft.mixture_rows import mixed_places
 from vlm_dft.preflight import Plan
-from vlm_dft.recipes import example_of, recipe_root
+from vlm_dft.recipes import outcomes, recipe_root
 from vlm_dft.rows import read_rows
 
 SAMPLE = 32  # rows that are measured
@@ -69,11 +68,10 @@ def _look(source: Source, config: TrainConfig) -> _Look:
         root = recipe_root(card, source.data) if here else None
     except UserError as error:
         return _Look(source.name, _limited(rows, config), {"why": str(error)})
+    if "prepared" in card["source"]:
+        return _Look(source.name, _limited(rows, config), _stored(str(card["source"]["prepared"])))
     if root is None:
-        where = {"hub": "the rows are on the hub", "prepared": "the rows are prepared"}
-        why = next(
-            (said for kind, said in where.items() if kind in card["source"]), "the drawn set is made by the first run"
-        )
+        why = "the rows are on the hub" if "hub" in card["source"] else "the drawn set is made by the first run"
         return _Look(source.name, _limited(rows, config), {"why": why})
     where_from = f"Recipe {card['name']!r}"
     if rows is None:
@@ -81,8 +79,23 @@ def _look(source: Source, config: TrainConfig) -> _Look:
     place = Path(base_model(resolve_model(config.model)))
     if not any((place / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")):
         return _Look(source.name, _limited(rows, config), {"why": f"the processor of {config.model} is not here"})
-    first = list(islice(read_rows(card["source"], root, where=where_from), SAMPLE))
-    return _Look(source.name, _limited(rows, config), _measure(config, [example_of(card, row, root) for row in first]))
+    first = list(outcomes(card, source.data, limit=SAMPLE))
+    refused = (config.rows.get("bad_rows") or card.get("bad_rows", "refuse")) == "refuse"
+    if (wrong := next((one.error for one in first if one.error is not None), None)) is not None and refused:
+        raise wrong
+    used = [one.example for one in first if one.example is not None]
+    sample = _measure(config, used) if used else {"why": f"none of the first {len(first)} rows is used"}
+    return _Look(source.name, _limited(rows, config), sample)
+
+
+def _stored(url: str) -> dict[str, Any]:
+    """What all rows of a prepared set measure, as they did when it was prepared."""
+    from vlm_dft.prepared import open_prepared
+
+    if "://" in url and not url.startswith("file://"):
+        return {"why": "the prepared rows are not on this machine"}
+    measures = open_prepared(url).measures
+    return {"why": "the rows were prepared unmeasured"} if measures is None else measures
 
 
 def _sources(plan: Plan) -> list[Source]:

@@ -113,6 +113,18 @@ class Prepared(Sequence[Example]):
         return None if self._tokens is None else self._tokens.tolist()
 
     @property
+    def measures(self) -> dict[str, Any] | None:
+        """Of how many examples, mean tokens in all, of media and of responses, and the most of one; None if it was not measured."""
+        if self._tokens is None:
+            return None
+        total, count = self.accounting["tokens"], len(self)
+        means = {
+            name: total[kind] / count
+            for name, kind in (("tokens", "all"), ("media", "media"), ("response", "response"))
+        }
+        return {"sample": count, **means, "longest": int(self._tokens.max()), "most_media": self._most_media}
+
+    @property
     def sources(self) -> list[str]:
         """The sources of the examples, in the order of their first appearance, without reading the examples."""
         return self._known_sources
@@ -232,6 +244,7 @@ class Prepared(Sequence[Example]):
         )
         self._paths, self._ids = part["name"].values, column["id"]
         self._tokens = None if self.measured_with is None else column["tokens"].to_numpy()
+        self._most_media = 0 if self.measured_with is None else int(column["media"].to_numpy().max())
         self._names = [shard_name(number) for number in range(int(self._where[:, 0].max()) + 1)]
         source = column["source"]
         self._known_sources = list(self.about["accounting"]["used_by_source"])
