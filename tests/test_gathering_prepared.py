@@ -13,6 +13,7 @@ from PIL import Image
 
 from vlm_dft import gathering
 from vlm_dft.collators import ChatCollator
+from vlm_dft.errors import CardError
 from vlm_dft.gathering import gather
 from vlm_dft.prepared import Prepared
 from vlm_dft.preparing import prepare
@@ -194,3 +195,20 @@ def test_a_folder_with_pictures_in_an_archive_may_move_during_a_run(tmp_path: Pa
     first = gather(read, str(tmp_path / "data"), collator).fingerprint
     shutil.move(tmp_path / "data", tmp_path / "elsewhere")
     assert gather(read, str(tmp_path / "elsewhere"), collator).fingerprint == first
+
+
+def test_a_card_names_a_prepared_set_from_where_it_lies_and_says_nothing_that_would_be_ignored(
+    tmp_path: Path, collator: ChatCollator, card: dict[str, Any]
+) -> None:
+    prepare(card, str(tmp_path), tmp_path / "set", collator=collator)
+    own = {"description": "mine", "licence": "l", "source": {"prepared": "set"}}
+    (tmp_path / "stored.yaml").write_text(yaml.safe_dump(own))
+    read = read_recipe(str(tmp_path / "stored.yaml"))
+    assert read["description"] == "mine" and len(gather(read, None, collator).examples) == 29
+    for more in ({"objective": "nll"}, {"keep": {"id": "r1"}}, {"system": "Be brief."}, {"weight": 2}):
+        (tmp_path / "stored.yaml").write_text(yaml.safe_dump({**own, **more}))
+        with pytest.raises(CardError, match=f"{next(iter(more))} cannot be said of a prepared set"):
+            read_recipe(str(tmp_path / "stored.yaml"))
+    (tmp_path / "stored.yaml").write_text(yaml.safe_dump({**own, "source": {"prepared": ["set"]}}))
+    with pytest.raises(CardError, match="must be a folder or a URL"):
+        read_recipe(str(tmp_path / "stored.yaml"))
