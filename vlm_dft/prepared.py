@@ -13,7 +13,7 @@ from vlm_dft.errors import CardError, UserError
 from vlm_dft.stores import Range, Store
 
 WHOLE, INDEX = "prepared.json", "index.parquet"  # the first is written last: where it is, all is there
-VERSION = 1  # of the form of these files
+VERSION = 2  # of the form of these files; 2: what was changed of each row
 BLOCK = 64  # examples read at once where all are read in order
 IMAGE, VIDEO, FRAME, NEXT_FRAME = range(
     4

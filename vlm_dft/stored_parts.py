@@ -120,7 +120,8 @@ def _index(rows: Any) -> dict[str, Any]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    table = pq.read_table(pa.BufferReader(rows.store.read("index.parquet")), columns=COLUMNS).combine_chunks()
+    file = pq.ParquetFile(pa.BufferReader(rows.store.read("index.parquet")))
+    table = file.read(columns=COLUMNS, use_threads=False).combine_chunks()  # forks follow
     found: dict[str, Any] = {name: table.column(name).combine_chunks() for name in COLUMNS}
     coded = found["source"].dictionary_encode()
     names = coded.dictionary.to_pylist()
