@@ -163,6 +163,7 @@ class _Reading:
                         break
         if held > EMBEDDED:
             del rows
+            self.faults.looked_at -= account.read  # they are looked at again
             return self.prepare()
         if (
             not self.source.mixed and len(set(rows.sources)) > MAX_SOURCES

@@ -379,7 +379,9 @@ def _is_whole(store: Store, made_from: Mapping[str, Any], refuses: bool) -> bool
 def _told(store: Store, say: Echo) -> dict[str, Any]:
     """What a whole folder says of itself, its files checked, what the journal left taken out."""
     found = Prepared(store.url).about
-    say(f"{store} is prepared already: {found['rows']:,} examples (fingerprint {found['fingerprint'][:12]})")
+    say(
+        f"{store} is prepared already: {found['rows']:,} examples (fingerprint {found['fingerprint'][:12]}); files that rows name are not read again"
+    )
     return found
 
 
