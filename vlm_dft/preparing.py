@@ -37,7 +37,6 @@ Echo = Callable[[Any], Any]
 JOURNAL = ".preparing"
 BEGUN = f"{JOURNAL}/made_from.json"
 SHARD_PLACES, SHARD_BYTES = 16384, 256 * 2**20  # rows of the recipe, and bytes, after which a shard ends
-SHOWN_IDS = 5  # of the rows that an error names by their reason
 LEAVE_OUT = "leave them out: bad_rows: drop in a copy of the card, or --bad-rows drop."
 KEPT_OUT = f"mend them and choose another folder, or {LEAVE_OUT}"
 
@@ -354,8 +353,7 @@ def _index(number: int) -> str:
 def _reasons(account: Accounting) -> str:
     found = sorted(account.dropped.items(), key=lambda one: -one[1].rows)
     return "; ".join(
-        f"{reason} ({rows.rows:,}: {', '.join(rows.ids[:SHOWN_IDS])}{' ...' * (rows.rows > SHOWN_IDS)})"
-        for reason, rows in found
+        f"{reason} ({rows.rows:,}: {', '.join(rows.ids[:5])}{' ...' * (rows.rows > 5)})" for reason, rows in found
     )
 
 
@@ -379,9 +377,8 @@ def _is_whole(store: Store, made_from: Mapping[str, Any], refuses: bool) -> bool
 def _told(store: Store, say: Echo) -> dict[str, Any]:
     """What a whole folder says of itself, its files checked, what the journal left taken out."""
     found = Prepared(store.url).about
-    say(
-        f"{store} is prepared already: {found['rows']:,} examples (fingerprint {found['fingerprint'][:12]}); files that rows name are not read again"
-    )
+    what = f"{found['rows']:,} examples (fingerprint {found['fingerprint'][:12]})"
+    say(f"{store} is prepared already: {what}; files that rows name are not read again")
     return found
 
 
