@@ -206,3 +206,40 @@ def test_rows_of_a_hub_set_are_measured_where_a_copy_of_them_is(
     (data / "train.jsonl").write_text('{"q": "How many?", "a": "Two."}\n' * 3)
     found, _ = look(tmp_path, capsys, *words)
     assert (found["rows"], found["tokens"]["sample"]) == (3, 3)
+
+
+def test_a_prepared_set_says_what_all_its_rows_measure_and_rows_that_are_dropped_are_not_in_the_way(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "One. "}]
+    rows = [{"id": str(k), "messages": [said[0], {**said[1], "content": "One. " * (k % 9)}]} for k in range(90)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))  # the first has no answer
+    card = "description: d\nlicence: l\nsource: {files: [rows.jsonl]}\nbad_rows: drop\n"
+    (tmp_path / "own.yaml").write_text(card)
+    words = ["--data", str(tmp_path), "--recipe"]
+    found, _ = look(tmp_path, capsys, *words, str(tmp_path / "own.yaml"))
+    assert 20 < found["tokens"]["sample"] < 32
+    out = str(tmp_path / "set")
+    file = tmp_path / "made.json"
+    assert (
+        main(
+            [
+                "recipes",
+                "prepare",
+                str(tmp_path / "own.yaml"),
+                "--data",
+                str(tmp_path),
+                "--output",
+                out,
+                "--json",
+                str(file),
+            ]
+        )
+        == 0
+    )
+    capsys.readouterr()
+    made = json.loads(file.read_text())
+    found, text = look(tmp_path, capsys, "--recipe", out)
+    assert found["tokens"]["sample"] == found["rows"] == made["rows"] == 80 and "estimated from 80 rows" in text
+    assert found["tokens"]["response"] == made["accounting"]["tokens"]["response"] / 80
+    assert found["tokens"]["longest"] > found["tokens"]["tokens"] and found["tokens"]["most_media"] == 0

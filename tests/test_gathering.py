@@ -25,7 +25,7 @@ from vlm_dft import gathering
 from vlm_dft.accounting import MOST_IDS, Accounting, account_lines, account_table, whole
 from vlm_dft.chat import Example
 from vlm_dft.collators import ChatCollator
-from vlm_dft.errors import CardError, RowError
+from vlm_dft.errors import RowError
 from vlm_dft.gathering import Gathered, gather
 from vlm_dft.mixed import Mixed, media_of, places_by_source, sources_of
 from vlm_dft.recipes import read_recipe
@@ -358,6 +358,7 @@ class FakePrepared(Sequence[Example]):
     def __init__(self, examples: list[Example], tokens: list[tuple[int, int, int]], settings: Any) -> None:
         self.examples, self.measured_with, self.opened = examples, settings, 0
         self.fingerprint, self.card, self.store = "f" * 64, {"name": "stored"}, self
+        self.shards: list[dict[str, str]] = []
         gone, none = {"image missing": {"rows": 1, "ids": ["x"]}}, {"rows": 0, "ids": []}
         self.accounting = {
             "source": "stored", "read": len(examples) + 1, "used": len(examples), "dropped": gone, "changed": {}, "notes": {}, "tokens": {},
@@ -375,6 +376,8 @@ class FakePrepared(Sequence[Example]):
             columns[column] = pa.array([row[k] for row in self.tokens], pa.int32())
         kinds = [[0] * len(e.images) + [1] * len(e.videos) for e in self.examples]
         columns["part_kind"] = pa.array(kinds, pa.list_(pa.int8()))
+        columns["changed"] = pa.array([[] for _ in self.examples], pa.list_(pa.string()))
+        columns["likeness"] = pa.array([bytes(16)] * len(self.examples), pa.binary(16))
         file = io.BytesIO()
         pq.write_table(pa.table(columns), file)
         return file.getvalue()
@@ -385,6 +388,9 @@ class FakePrepared(Sequence[Example]):
     def __getitem__(self, k: Any) -> Any:
         self.opened += 1
         return self.examples[k]
+
+    def __getitems__(self, places: Sequence[int]) -> list[Example]:
+        return [self[place] for place in places]
 
 
 def embedded(count: int) -> list[Example]:
@@ -549,16 +555,6 @@ def test_numbers_of_an_account_are_plain(tmp_path: Path, collator: ChatCollator)
     json.dumps(found.accounting)
     assert not re.search("int64|array", repr(found.accounting)) and isinstance(found.lengths[0], int)
     assert isinstance(found.examples, Mixed) and found.examples.part.dtype == np.int64
-
-
-def test_duplicates_of_a_prepared_source_cannot_be_dropped_in_silence(
-    collator: ChatCollator, prepared_modules: dict[str, Any]
-) -> None:
-    rows = FakePrepared(embedded(2), [(9, 4, 2)] * 2, {"max_length": 200})
-    del rows.accounting["duplicates"]
-    prepared_modules["set"] = rows
-    with pytest.raises(CardError, match="duplicates: drop is for sources that are read, and this one is prepared"):
-        gather({**STORED, "duplicates": "drop"}, "/data", collator)
 
 
 def test_an_id_that_stands_for_several_rows_is_said(tmp_path: Path, collator: ChatCollator) -> None:

@@ -157,6 +157,23 @@ def test_a_nested_mixture_gives_what_it_would_give_alone_to_be_chosen_from(tmp_p
     assert max(Counter(drawn.row[drawn.source == 0].tolist()).values()) <= 2
 
 
+def test_a_mixture_in_a_mixture_counts_the_tokens_that_its_own_card_says(tmp_path: Path, two: list[str]) -> None:
+    halves = [{"recipe": two[0], "share": 0.5}, {"recipe": two[1], "share": 0.5}]
+    write(tmp_path, "inner", halves, share_of="all")
+    card = read_recipe(write(tmp_path, "outer", [{"recipe": "inner.yaml"}, {"recipe": "drawn"}]))
+    response, tokens = [[1] * 40, [1] * 40, [9] * 5], [[10] * 40, [40] * 40, [9] * 5]
+    drawn = mixed_places(card, response, 0, tokens=tokens)
+    # half of all tokens each: 40 rows of 10 tokens are as many as 10 rows of 40
+    assert Counter(drawn.source.tolist()) == {0: 40, 1: 10, 2: 5}
+
+
+def test_an_entry_that_is_called_as_a_source_of_a_mixture_beside_it_is_refused(tmp_path: Path, two: list[str]) -> None:
+    write(tmp_path, "inner", [{"recipe": two[0], "name": "a"}])
+    card = read_recipe(write(tmp_path, "outer", [{"recipe": "inner.yaml"}, {"recipe": two[1], "name": "inner/a"}]))
+    with pytest.raises(CardError, match="two of its sources are called 'inner/a'"):
+        sources_in(card, "/data")
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.lists(st.integers(1, 9), min_size=3, max_size=12), min_size=3, max_size=3),

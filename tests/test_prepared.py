@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 
 from vlm_dft import preparing, shards
 from vlm_dft.chat import Example
+from vlm_dft.claims import claimed
 from vlm_dft.collators import ChatCollator
 from vlm_dft.config import resolve_config
 from vlm_dft.errors import CardError, ConfigError, RowError, UserError
@@ -186,6 +187,32 @@ def test_rows_that_cannot_be_used_refuse_the_whole_and_leave_nothing(tmp_path: P
     with pytest.raises(RowError, match="no rows|is empty"):
         prepare(card, str(tmp_path / "data"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_what_was_prepared_without_bad_rows_is_refused_where_they_are_not_to_be_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card, data, out = make_set(tmp_path / "data", broken=(1, 60)), str(tmp_path / "data"), tmp_path / "out"
+    put = Store.put
+
+    def full(store: Store, name: str, file: Path) -> None:
+        if name == "shard-00002.parquet":
+            raise OSError(28, "No space left on device")
+        put(store, name, file)
+
+    monkeypatch.setattr(Store, "put", full)
+    with pytest.raises(UserError, match="No space left"):
+        prepare(card, data, out, bad_rows="drop")
+    monkeypatch.setattr(Store, "put", put)
+    with pytest.raises(
+        RowError, match=r"card row r1: no image .*\n2 of \d+ rows .*\(r1, r60\).* was begun without them"
+    ):
+        prepare(card, data, out)
+    assert prepare(card, data, out, bad_rows="drop")["rows"] == 128
+    with pytest.raises(RowError, match=r"card row r1: .*\n2 of 130 rows of 'card' .* was prepared without them: mend"):
+        prepare(card, data, out)
+    assert open_prepared(out)[1].id == "r2"
 
 
 @pytest.mark.usefixtures("small_shards")
@@ -401,6 +428,40 @@ def test_training_on_it_is_training_on_the_recipe_bit_for_bit(tmp_path: Path, pr
     kept = [[{k: row[k] for k in ("step", "loss", "nll", "mean_p", "grad_norm")} for row in run] for run in rows]
     assert len(kept[0]) == 6 and kept[0] == kept[1]
     assert rows[0][-1]["loss"] != rows[0][0]["loss"]
+
+
+@pytest.mark.parametrize("number", [28, 27, 122])
+def test_a_disk_that_is_full_before_the_first_shard_is_whole_is_said_too(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(preparing.ShardWriter, "add", full)
+    card = make_set(tmp_path / "data", rows=20)
+    with pytest.raises(
+        UserError, match=rf"No space left \({os.strerror(number)}\) .* 0.0 MB are written; .* MB are free"
+    ):
+        prepare(card, str(tmp_path / "data"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("look", [1, 2])
+def test_a_lock_that_goes_while_it_is_looked_at_is_taken_again(
+    look: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, looks, stat_of = Store(tmp_path / "out"), list[Path](), Path.stat
+
+    def stat(path: Path, **more: Any) -> os.stat_result:
+        if path.name == "lock":
+            looks.append(path)
+            if len(looks) == look:  # another process opened the same file, and takes it away
+                os.unlink(path)
+        return stat_of(path, **more)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    with claimed(store, ".preparing", lambda line: None):
+        assert os.path.isfile(tmp_path / "out/.preparing/lock")
 
 
 def test_a_full_disk_leaves_whole_shards_and_says_what_is_needed(

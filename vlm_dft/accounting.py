@@ -227,8 +227,26 @@ class Faults:
         self.first, self.reason = (self.first, self.reason) if self.first else (str(error), error.reason)
         self.reasons.setdefault(error.reason, Rows()).add(row_id)
 
-    def refuse(self) -> None:
-        """Raise RowError if there was any."""
+    def merge(self, later: Faults) -> None:
+        """Add those of later rows."""
+        self.looked_at += later.looked_at
+        self.first, self.reason = (self.first, self.reason) if self.first else (later.first, later.reason)
+        for reason, rows in later.reasons.items():
+            self.reasons.setdefault(reason, Rows()).extend(rows)
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        reasons = {reason: found.as_dict() for reason, found in self.reasons.items()}
+        return {"looked_at": self.looked_at, "first": self.first, "reason": self.reason, "reasons": reasons}
+
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any]) -> Faults:
+        """As they were written."""
+        reasons = {reason: Rows(rows["rows"], list(rows["ids"])) for reason, rows in found["reasons"].items()}
+        return cls(found["looked_at"], found["first"], found["reason"], reasons)
+
+    def refuse(self, of: str = "", advice: str = "") -> None:
+        """Raise RowError if there was any. of: whose rows; advice: what to do, but for mending them."""
         count = sum(found.rows for found in self.reasons.values())
         if not count:
             return
@@ -236,8 +254,7 @@ class Faults:
             f"{found.rows:,} {reason} ({', '.join(found.ids[:5])}{', ...' if found.rows > 5 else ''})"
             for reason, found in self.reasons.items()
         )
+        what = advice or "Mend them, or leave them out: `bad_rows: drop` in a copy of the card, or --bad_rows drop."
         raise RowError(
-            f"{self.first}\n{count:,} of {self.looked_at:,} rows cannot be used: {said}. Mend them, or leave them out: `bad_rows: drop` "
-            "in a copy of the card, or --bad_rows drop.",
-            self.reason,
+            f"{self.first}\n{count:,} of {self.looked_at:,} rows{of} cannot be used: {said}. {what}", self.reason
         )

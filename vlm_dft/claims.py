@@ -34,13 +34,16 @@ def claimed(store: Store, journal: str, say: Callable[[str], Any]) -> Iterator[N
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             file = path.open("a+", encoding="utf-8")
-        except FileNotFoundError:
-            continue  # the other process has just ended, and taken the folder away
+        except (FileNotFoundError, FileExistsError):
+            if path.parent.exists() and not path.parent.is_dir():
+                raise ConfigError(f"{path.parent} is no folder. Choose another one than {store}.") from None
+            time.sleep(SECONDS / 20)
+            continue  # the other process has just ended, and taken the folder away, or made it
         except OSError as error:
             raise ConfigError(f"Cannot write to {store}: {error.strerror}. Choose another folder.") from error
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+            if _is_at(file.fileno(), path):
                 break
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
@@ -65,6 +68,14 @@ def claimed(store: Store, journal: str, say: Callable[[str], Any]) -> Iterator[N
                 for folder in (path.parent, store.folder):
                     with suppress(OSError):  # it holds something
                         folder.rmdir()
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether an open file still lies where it was opened: the process that held it before takes it away."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def sweep(store: Store, journal: str) -> None:

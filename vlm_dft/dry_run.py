@@ -73,11 +73,10 @@ def _look(source: Source, config: TrainConfig) -> _Look:
         root = recipe_root(card, source.data) if here else None
     except UserError as error:
         return _Look(source.name, _limited(rows, config), {"why": str(error)})
+    if "prepared" in card["source"]:
+        return _Look(source.name, _limited(rows, config), _stored(str(card["source"]["prepared"])))
     if root is None:
-        where = {"hub": "the rows are on the hub", "prepared": "the rows are prepared"}
-        why = next(
-            (said for kind, said in where.items() if kind in card["source"]), "the drawn set is made by the first run"
-        )
+        why = "the rows are on the hub" if "hub" in card["source"] else "the drawn set is made by the first run"
         return _Look(source.name, _limited(rows, config), {"why": why})
     where_from = f"Recipe {card['name']!r}"
     if rows is None:
@@ -86,6 +85,16 @@ def _look(source: Source, config: TrainConfig) -> _Look:
     if not any((place / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")):
         return _Look(source.name, _limited(rows, config), {"why": f"the processor of {config.model} is not here"})
     return _Look(source.name, _limited(rows, config), _measure(config, source))
+
+
+def _stored(url: str) -> dict[str, Any]:
+    """What all rows of a prepared set measure, as they did when it was prepared."""
+    from vlm_dft.prepared import open_prepared
+
+    if "://" in url and not url.startswith("file://"):
+        return {"why": "the prepared rows are not on this machine"}
+    measures = open_prepared(url).measures
+    return {"why": "the rows were prepared unmeasured"} if measures is None else measures
 
 
 def _sources(plan: Plan) -> list[Source]:
@@ -103,13 +112,15 @@ def _rows(plan: Plan) -> tuple[int | None, dict[str, Any], list[dict[str, Any]]]
     unknown = next((look for look in looks if not look.rows), None)
     if unknown is not None:
         return None, {"why": f"how many rows {unknown.name} has is not known: {unknown.sample.get('why')}"}, []
-    kind = "tokens" if card.get("share_of") == "all" else "response"
     measured = all("why" not in look.sample for look in looks)
     if not measured and any(map(_by_tokens, _entries(card))):
         why = next(f"{look.name}: {look.sample['why']}" for look in looks if "why" in look.sample)
         return None, {"why": why}, []
-    lengths = [[round(look.sample[kind]) if measured else 1] * int(look.rows or 0) for look in looks]
-    drawn = mixed_places(card, lengths, config.seed)
+    response, tokens = (
+        [[round(look.sample[kind]) if measured else 1] * int(look.rows or 0) for look in looks]
+        for kind in ("response", "tokens")
+    )
+    drawn = mixed_places(card, response, config.seed, tokens=tokens)
     counts = [int((drawn.source == k).sum()) for k in range(len(looks))]
     found = [_expected(look, count, measured) for look, count in zip(looks, counts, strict=True)]
     if not measured:

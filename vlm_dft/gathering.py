@@ -8,13 +8,13 @@ The result is a function of the recipe, the files, the collator and the seed: no
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from vlm_dft.accounting import MOST_IDS, Accounting, Faults, account_lines, account_table, whole
+from vlm_dft.accounting import MOST_IDS, Accounting, Faults, Rows, account_lines, account_table, whole
 from vlm_dft.bars import Bar
 from vlm_dft.chat import Example
 from vlm_dft.collators import ChatCollator
@@ -83,8 +83,7 @@ def gather(
             raise RowError(_nothing_left(account))
     examples = Mixed(parts)
     if "mixture" in card:
-        counted = [part.tokens if card.get("share_of") == "all" else part.response for part in parts]
-        drawn = mixed_places(card, counted, seed)
+        drawn = mixed_places(card, [one.response for one in parts], seed, tokens=[one.tokens for one in parts])
         examples = Mixed(parts, drawn.source, drawn.row)
         for k, (part, account) in enumerate(zip(parts, accounts, strict=True)):
             for reason, rows in drawn.left[k].items():
@@ -92,7 +91,13 @@ def gather(
     for k, (part, account) in enumerate(zip(parts, accounts, strict=True)):
         rows = examples.row[examples.part == k]
         account.examples = len(rows)
-        account.used = len(np.unique(rows))
+        used = np.unique(rows)
+        account.used = len(used)
+        account.changed.clear()
+        for effect, changed in part.changed.items():
+            there = np.intersect1d(np.asarray(changed, np.int64), used)
+            if len(there):
+                account.changed[effect] = Rows(len(there), [str(part.ids[int(row)]) for row in there[:MOST_IDS]])
         account.tokens.clear()
         account.count(*(int(column[rows].sum()) for column in (part.tokens, part.media, part.response)))
         names = part.names
@@ -152,12 +157,13 @@ class _Reading:
                 if self.take(account, one, twins):
                     example = one.outcome.example
                     assert example is not None and one.measured is not None, "what is used was measured"
-                    rows.add(example, within(one.measured, self.collator.max_length))
+                    rows.add(example, within(one.measured, self.collator.max_length), one.outcome.changed)
                     held += embedded_bytes(example)
                     if held > EMBEDDED:
                         break
         if held > EMBEDDED:
             del rows
+            self.faults.looked_at -= account.read  # they are looked at again
             return self.prepare()
         alike = len(rows.examples) - len({example.id for example in rows.examples})
         if alike:
@@ -199,8 +205,6 @@ class _Reading:
             if self.source.card.get("duplicates") == "drop":
                 account.drop("the same as an earlier row", outcome.id)
                 return False
-        for effect in outcome.changed:
-            account.change(effect, outcome.id)
         account.notes.update(one.measured.notes if one.measured else ())
         account.used += 1
         return True
@@ -249,9 +253,12 @@ class _Measured:
         self.examples: list[Example] = []
         self.tokens: list[tuple[int, int, int]] = []
         self.sources: list[str] = []
+        self.changed: dict[str, list[int]] = {}
 
-    def add(self, example: Example, tokens: tuple[int, int, int]) -> None:
-        """One more."""
+    def add(self, example: Example, tokens: tuple[int, int, int], changed: Sequence[str]) -> None:
+        """One more, and what was done to it."""
+        for effect in changed:
+            self.changed.setdefault(effect, []).append(len(self.examples))
         self.examples.append(example)
         self.tokens.append(tokens)
         self.sources.append(example.source)
@@ -280,6 +287,7 @@ class _Measured:
             filmed,
             fingerprint(self.examples),
             dress,
+            self.changed,
         )
 
 

@@ -26,15 +26,13 @@ def ingredients(
 ) -> dict[str, Any]:
     """What a recipe's prepared form depends on. Of pictures that rows name by path the paths alone: they are not read."""
     source = {key: value for key, value in card["source"].items() if key not in ("files", "embedded")}
+    content = source_fingerprint(card["source"], recipe_root(card, data), where=f"Recipe {card['name']!r}")
     return {
         "version": VERSION,
         "card": json.loads(
             json.dumps({key: value for key, value in card.items() if key not in SAID_ONLY}, default=str)
         ),
-        "source": {
-            **source,
-            "content": source_fingerprint(card["source"], recipe_root(card, data), where=f"Recipe {card['name']!r}"),
-        },
+        "source": {**source, "content": content},
         "limit": limit,
         "measured_with": None if collator is None else collator_settings(collator),
     }

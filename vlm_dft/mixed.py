@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, overload
 
 import numpy as np
@@ -50,6 +50,7 @@ class Part:
     filmed: NDArray[np.bool_]  # whether it has a video
     fingerprint: str
     dress: Dress = Dress()
+    changed: Mapping[str, Sequence[int]] = field(default_factory=dict)  # what was done -> to which
 
     @property
     def names(self) -> list[str]:

@@ -5,7 +5,7 @@ rows are called in accounts, logs and source_objectives), `data` (a folder below
 `repeat`, `cap` or `cap_tokens` (mixing.py says exactly what these are), `sort: tokens` (in a curriculum), `objective` (of its
 responses, whatever its card or rows say) and `loss_weight` (a factor of its responses' loss). In a mixture in a mixture the outer
 objective wins, and factors are multiplied. The mixture says `order: shuffled | curriculum`, and with `share_of: response | all`
-which tokens shares and cap_tokens count: those of the responses unless it says otherwise, since these carry the loss.
+which tokens its own shares and cap_tokens count: those of the responses unless it says otherwise, since these carry the loss.
 """
 
 from __future__ import annotations
@@ -155,7 +155,14 @@ def sources_in(card: Card, data: str | None) -> list[Source]:
     """The single sources of a recipe in the order listed: itself, or those of a mixture, named by their way down to them."""
     if "mixture" not in card:
         return [Source(str(card["name"]), card, data)]
-    return list(_below(card, data, "", None, 1.0))
+    found = list(_below(card, data, "", None, 1.0))
+    names = [one.name for one in found]
+    if twice := [name for k, name in enumerate(names) if name in names[:k]]:
+        raise CardError(
+            f"Recipe {card['name']!r}: two of its sources are called {twice[0]!r}, an entry and one of a mixture in it. Give the "
+            "entry a name of its own (name: ...)."
+        )
+    return found
 
 
 def _below(card: Card, data: str | None, way: str, objective: str | None, factor: float) -> Iterator[Source]:

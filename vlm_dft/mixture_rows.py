@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -21,10 +21,14 @@ class Drawn:
     left: list[dict[str, Places]]  # of each source, in order: why rows of it are not there at all
 
 
-def mixed_places(card: Card, lengths: Lengths, seed: int) -> Drawn:
-    """Draw a mixture and the mixtures in it, from within. lengths: of each source's rows, in the tokens that shares count."""
+def mixed_places(card: Card, lengths: Lengths, seed: int, *, tokens: Lengths | None = None) -> Drawn:
+    """Draw a mixture and the mixtures in it, from within; shares of each are of the tokens that its own card counts.
+
+    lengths: of each source's rows, in response tokens; tokens: in all of their tokens (None: the same).
+    """
     gone: list[tuple[str, int, Places]] = []  # reason, source, rows: from within to without
-    source, row, end = _draw(card, lengths, seed, "", 0, gone)
+    kinds = {"response": lengths, "all": lengths if tokens is None else tokens}
+    source, row, end = _draw(card, kinds, seed, "", 0, gone)
     assert end == len(lengths), "one list of lengths for each source"
     left = []
     for k, rows_of in enumerate(map(len, lengths)):
@@ -41,13 +45,14 @@ def mixed_places(card: Card, lengths: Lengths, seed: int) -> Drawn:
 
 
 def _draw(
-    card: Card, lengths: Lengths, seed: int, way: str, first: int, gone: list[tuple[str, int, Places]]
+    card: Card, kinds: Mapping[str, Lengths], seed: int, way: str, first: int, gone: list[tuple[str, int, Places]]
 ) -> tuple[Places, Places, int]:
     """(source, row) of a mixture's examples in order, and the number of the source after its own."""
+    lengths = kinds[card.get("share_of", "response")]
     items: list[tuple[Places, Places]] = []  # of each entry: source and row of what it has to give
     for entry in card["mixture"]:
         if "mixture" in entry["card"]:
-            inner, rows, first = _draw(entry["card"], lengths, seed, f"{way}{entry['name']}/", first, gone)
+            inner, rows, first = _draw(entry["card"], kinds, seed, f"{way}{entry['name']}/", first, gone)
             items.append((inner, rows))
         else:
             rows = np.arange(len(lengths[first]))

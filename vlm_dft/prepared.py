@@ -13,7 +13,7 @@ from vlm_dft.errors import CardError, UserError
 from vlm_dft.stores import Range, Store
 
 WHOLE, INDEX = "prepared.json", "index.parquet"  # the first is written last: where it is, all is there
-VERSION = 1  # of the form of these files
+VERSION = 2  # of the form of these files; 2: what was changed of each row
 BLOCK = 64  # examples read at once where all are read in order
 IMAGE, VIDEO, FRAME, NEXT_FRAME = range(
     4
@@ -111,6 +111,18 @@ class Prepared(Sequence[Example]):
     def lengths(self) -> list[int] | None:
         """Tokens of each example as it is trained on; None if it was not measured."""
         return None if self._tokens is None else self._tokens.tolist()
+
+    @property
+    def measures(self) -> dict[str, Any] | None:
+        """Of how many examples, mean tokens in all, of media and of responses, and the most of one; None if it was not measured."""
+        if self._tokens is None:
+            return None
+        total, count = self.accounting["tokens"], len(self)
+        means = {
+            name: total[kind] / count
+            for name, kind in (("tokens", "all"), ("media", "media"), ("response", "response"))
+        }
+        return {"sample": count, **means, "longest": int(self._tokens.max()), "most_media": self._most_media}
 
     @property
     def sources(self) -> list[str]:
@@ -232,6 +244,7 @@ class Prepared(Sequence[Example]):
         )
         self._paths, self._ids = part["name"].values, column["id"]
         self._tokens = None if self.measured_with is None else np.from_dlpack(column["tokens"])
+        self._most_media = 0 if self.measured_with is None else int(np.from_dlpack(column["media"]).max())
         self._names = [shard_name(number) for number in range(int(self._where[:, 0].max()) + 1)]
         source = column["source"]
         self._known_sources = list(self.about["accounting"]["used_by_source"])

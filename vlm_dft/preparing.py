@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm_dft.accounting import Accounting
+from vlm_dft.accounting import Accounting, Faults
 from vlm_dft.bars import Bar
 from vlm_dft.claims import claimed
 from vlm_dft.errors import CardError, ConfigError, RowError, UserError
@@ -36,7 +37,8 @@ Echo = Callable[[Any], Any]
 JOURNAL = ".preparing"
 BEGUN = f"{JOURNAL}/made_from.json"
 SHARD_PLACES, SHARD_BYTES = 16384, 256 * 2**20  # rows of the recipe, and bytes, after which a shard ends
-SHOWN_IDS = 5  # of the rows that an error names by their reason
+LEAVE_OUT = "leave them out: bad_rows: drop in a copy of the card, or --bad-rows drop."
+KEPT_OUT = f"mend them and choose another folder, or {LEAVE_OUT}"
 
 
 def prepare(
@@ -68,21 +70,22 @@ def prepare(
         raise CardError(f"Recipe {card['name']!r} is prepared: its source is {card['source']['prepared']!r}.")
     store = Store(output)
     made_from = ingredients(card, data, collator, limit)
-    if _is_whole(store, made_from) and not store.sizes(JOURNAL):
+    refuses = policy == "refuse"
+    if _is_whole(store, made_from, refuses) and not store.sizes(JOURNAL):
         return _told(store, say)
     try:
         with claimed(store, JOURNAL, say):
-            if _is_whole(store, made_from):
+            if _is_whole(store, made_from, refuses):
                 return _told(store, say)
-            job = _Job(store, card, data, made_from, collator, workers, limit, policy == "refuse")
+            job = _Job(store, card, data, made_from, collator, workers, limit, refuses)
             job.begin(say)
             return job.work("preparing" if echo else None)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise UserError(
-            f"No space left while preparing {card['name']!r} in {store}.{_room(store, card, limit)} Whole shards are kept: make room, "
-            "and the same command goes on; or choose another folder."
+            f"No space left ({os.strerror(error.errno)}) while preparing {card['name']!r} in {store}.{_room(store, card, limit)} Whole "
+            "shards are kept: make room, and the same command goes on; or choose another folder."
         ) from error
 
 
@@ -93,13 +96,10 @@ class _Shard:
     number: int
     first: int  # place of the recipe
     account: Accounting
+    faults: Faults = field(default_factory=Faults)
     writer: ShardWriter | None = None
     rows: list[dict[str, Any]] = field(default_factory=list)  # for the index
     media: Counter[str] = field(default_factory=Counter)
-
-    @property
-    def name(self) -> str:
-        return shard_name(self.number)
 
 
 @dataclass(slots=True)
@@ -113,8 +113,7 @@ class _Job:
     limit: int | None
     refuses: bool
     done: list[dict[str, Any]] = field(default_factory=list)  # what the journal says of each whole shard
-    wrong: Accounting = field(default_factory=lambda: Accounting(""))  # rows that cannot be used
-    first_error: RowError | None = None
+    faults: Faults = field(default_factory=Faults)  # of all rows so far
     seen: set[bytes] = field(default_factory=set)  # likeness of the examples before
 
     def begin(self, say: Echo) -> None:
@@ -136,6 +135,10 @@ class _Job:
                 f"{self.store} was begun with something else: {differences(begun, self.made_from)}. Choose another folder, or remove it."
             )
         self.done = list(self._whole_parts())
+        for said in self.done:
+            self.faults.merge(Faults.from_dict(said["faults"]))
+        if self.refuses:
+            self.faults.refuse(f" of {self.card['name']!r}", f"{self.store} was begun without them: {KEPT_OUT}")
         self.seen = {
             alike for number, said in enumerate(self.done) if said["shard"] for alike in self._likeness(number)
         }
@@ -166,9 +169,9 @@ class _Job:
                 if shard.writer is not None:
                     shard.writer.abandon()
                 raise
-            if self.refuses and self.first_error is not None:
+            if self._refused:
                 self._leave_nothing()
-                raise self._refusal(self.first_error)
+                self.faults.refuse(f" of {self.card['name']!r}", f"Nothing is prepared. Mend them, or {LEAVE_OUT}")
             return self._finish(aside)
 
     def _examined(self, start: int) -> Generator[Examined]:
@@ -179,6 +182,10 @@ class _Job:
             self.card, self.data, collator=self.collator, facts=pack, workers=self.workers, start=start, limit=limit
         )
 
+    @property
+    def _refused(self) -> bool:
+        return self.refuses and bool(self.faults.reasons)
+
     def _account(self) -> Accounting:
         return Accounting(str(self.card["name"]))
 
@@ -186,10 +193,11 @@ class _Job:
         """Account for what became of a row, and write its example."""
         outcome, account = found.outcome, shard.account
         account.read += 1
-        self.wrong.read += 1
+        self.faults.looked_at += 1
+        shard.faults.looked_at += 1
         if outcome.error is not None:
-            self.first_error = self.first_error or outcome.error
-            self.wrong.drop(outcome.error.reason, outcome.id)
+            self.faults.add(outcome.error, outcome.id)
+            shard.faults.add(outcome.error, outcome.id)
             account.drop(outcome.error.reason, outcome.id)
             return
         if outcome.example is None:
@@ -214,10 +222,10 @@ class _Job:
         if self.collator is not None and found.measured is not None:
             numbers = tokens, media, response = within(found.measured, self.collator.max_length)
             account.count(tokens, media, response)
-        if self.refuses and self.first_error is not None:
+        if self._refused:
             return  # nothing will be left
         if shard.writer is None:
-            shard.writer = ShardWriter(aside / shard.name)
+            shard.writer = ShardWriter(aside / shard_name(shard.number))
         shard.writer.add(packed)
         shard.media.update(kind for kind in ("images", "videos") if getattr(packed, kind))
         shard.media["text"] += not (packed.images or packed.videos)
@@ -227,12 +235,13 @@ class _Job:
             "shard": shard.number,
             "row": len(shard.rows),
             "likeness": alike,
+            "changed": outcome.changed,
         }
         shard.rows.append(row | dict(zip(("tokens", "media", "response"), numbers, strict=True)))
 
     def _end(self, shard: _Shard, place: int, aside: Path) -> None:
         """Put a whole shard into the folder, then the journal's word that it is there."""
-        if self.refuses and self.first_error is not None:
+        if self._refused:
             if shard.writer is not None:
                 shard.writer.abandon()
             return
@@ -240,20 +249,21 @@ class _Job:
             "shard": None,
             "next": place,
             "account": shard.account.as_dict(),
+            "faults": shard.faults.as_dict(),
             "media": shard.media,
         }
         if shard.writer is not None:
             shard.writer.close()
             import pyarrow.parquet as pq
 
-            file, index = aside / shard.name, aside / f"index-{shard.number:05d}.parquet.new"
+            file, index = aside / shard_name(shard.number), aside / f"index-{shard.number:05d}.parquet.new"
             pq.write_table(index_table(shard.rows, list(locate(file))), index)
             size, digest, index_digest = file.stat().st_size, sha256_of(file), sha256_of(index)
-            said["shard"] = {"name": shard.name, "rows": len(shard.rows), "bytes": size, "sha256": digest}
+            said["shard"] = {"name": shard_name(shard.number), "rows": len(shard.rows), "bytes": size, "sha256": digest}
             said["index"] = index_digest
             shard.writer = None
             self.store.put(f"{JOURNAL}/{_index(shard.number)}", index)
-            self.store.put(shard.name, file)
+            self.store.put(shard_name(shard.number), file)
         self.store.write(f"{JOURNAL}/{_part(shard.number)}", json.dumps(said).encode())
         self.done.append(said)
 
@@ -315,6 +325,7 @@ class _Job:
             "rows": sum(shard["rows"] for shard in shards),
             "media": {kind: media[kind] for kind in ("images", "videos", "text")},
             "accounting": account.as_dict() | {"fingerprint": fingerprint_of(self.made_from)},
+            "faults": self.faults.as_dict(),
             "measured_with": self.made_from["measured_with"],
             "made_from": self.made_from,
             "card": {key: value for key, value in self.card.items() if key != "data"},
@@ -330,15 +341,6 @@ class _Job:
         shards = [name for name in self.store.sizes() if name.startswith("shard-")]
         self.store.remove([*shards, *(f"{JOURNAL}/{name}" for name in self.store.sizes(JOURNAL) if name != "lock")])
 
-    def _refusal(self, first: RowError) -> RowError:
-        bad = sum(found.rows for found in self.wrong.dropped.values())
-        before = sum(said["account"]["read"] for said in self.done)
-        return RowError(
-            f"{first}\n{bad:,} of {self.wrong.read + before:,} rows of {self.card['name']!r} cannot be used: {_reasons(self.wrong)}. "
-            "Nothing is prepared. Mend them, or leave them out: bad_rows: drop in a copy of the card, or --bad-rows drop.",
-            first.reason,
-        )
-
 
 def _part(number: int) -> str:
     return f"part-{number:05d}.json"
@@ -351,13 +353,13 @@ def _index(number: int) -> str:
 def _reasons(account: Accounting) -> str:
     found = sorted(account.dropped.items(), key=lambda one: -one[1].rows)
     return "; ".join(
-        f"{reason} ({rows.rows:,}: {', '.join(rows.ids[:SHOWN_IDS])}{' ...' * (rows.rows > SHOWN_IDS)})"
-        for reason, rows in found
+        f"{reason} ({rows.rows:,}: {', '.join(rows.ids[:5])}{' ...' * (rows.rows > 5)})" for reason, rows in found
     )
 
 
-def _is_whole(store: Store, made_from: Mapping[str, Any]) -> bool:
-    """Whether the folder is prepared of the same. Raises ConfigError where it is of something else, UserError if damaged."""
+def _is_whole(store: Store, made_from: Mapping[str, Any], refuses: bool) -> bool:
+    """Whether the folder is prepared of the same. Raises ConfigError where it is of something else, UserError if damaged,
+    and RowError where it was prepared without rows that are refused now."""
     found = read_whole(store)
     if found is None:
         return False
@@ -365,13 +367,18 @@ def _is_whole(store: Store, made_from: Mapping[str, Any]) -> bool:
         raise ConfigError(
             f"{store} is prepared of something else: {differences(found['made_from'], made_from)}. Choose another folder, or remove it."
         )
+    if refuses:
+        Faults.from_dict(found["faults"]).refuse(
+            f" of {found['card']['name']!r}", f"{store} was prepared without them: {KEPT_OUT}"
+        )
     return True
 
 
 def _told(store: Store, say: Echo) -> dict[str, Any]:
     """What a whole folder says of itself, its files checked, what the journal left taken out."""
     found = Prepared(store.url).about
-    say(f"{store} is prepared already: {found['rows']:,} examples (fingerprint {found['fingerprint'][:12]})")
+    what = f"{found['rows']:,} examples (fingerprint {found['fingerprint'][:12]})"
+    say(f"{store} is prepared already: {what}; files that rows name are not read again")
     return found
 
 
@@ -386,5 +393,6 @@ def _room(store: Store, card: Mapping[str, Any], limit: int | None) -> str:
         rows = json.loads(store.read(f"{JOURNAL}/{max(journal)}"))["next"]
         said += f", for {rows:,} of {total:,} rows: about {written * max(0, total - rows) / max(1, rows) / 1e6:,.1f} MB more are needed"
     if not store.remote:
-        said += f"; {shutil.disk_usage(store.folder).free / 1e6:,.1f} MB are free"
+        there = next(folder for folder in (store.folder, *store.folder.parents) if folder.exists())
+        said += f"; {shutil.disk_usage(there).free / 1e6:,.1f} MB are free"
     return said + "."

@@ -23,6 +23,9 @@ from vlm_dft.row_formats import Detected, agree, detect, format_of
 from vlm_dft.rows import Row, files_of, read_rows, source_root
 
 SOON = 1000  # rows after which a column to filter by that none of them has is the card's error
+STORED_KEYS = (  # of a card of a prepared set
+    "name", "description", "licence", "source", "paper", "rows", "notes", "benchmark", "training", "bad_rows", "duplicates",
+)  # fmt: skip
 MAX_SOURCES = 50  # that are logged, gauged and watched one by one
 
 
@@ -65,10 +68,27 @@ def read_recipe(name: str, within: Sequence[Path] = ()) -> dict[str, Any]:
         return read_mixture(name, read_recipe, within)
     card = read_card("recipe", name, required=REQUIRED, optional=OPTIONAL)
     if isinstance(card["source"], Mapping) and "prepared" in card["source"]:
-        return {**prepared_card(card["source"]["prepared"]), **card}  # whose rows are examples already
+        return _stored_card(card, find_card("recipe", name).parent)
     check_recipe(card, where=f"Recipe {name!r}")
     check_row_rules(card)
     return {**card, "source": beside_pictures(card["source"])} if card.get("image_root") else card
+
+
+def _stored_card(card: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """A card of a prepared set, whose rows are examples already. folder: of the card's file, from which a path may start."""
+    place = card["source"]["prepared"]
+    if not isinstance(place, str) or not place:
+        raise CardError(
+            f"Recipe {card['name']!r}: source.prepared must be a folder or a URL that was prepared, found {place!r}."
+        )
+    if late := [key for key in card if key not in STORED_KEYS]:
+        raise CardError(
+            f"Recipe {card['name']!r}: {', '.join(late)} cannot be said of a prepared set, whose rows are examples already. Say it in the card "
+            "that is prepared, or (objective, loss_weight) in a mixture's entry."
+        )
+    if "://" not in place and is_prepared(folder / place):
+        place = str(folder / place)
+    return {**prepared_card(place), **card, "source": {"prepared": place}}
 
 
 def recipe_root(card: Mapping[str, Any], data: str | None) -> Path | None:

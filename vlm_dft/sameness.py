@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from vlm_dft.archives import ZipMember
 from vlm_dft.chat import Example
 
 Files = tuple[str, ...]
@@ -25,11 +26,13 @@ def fingerprint(examples: Iterable[Example]) -> str:
 
 
 def identity(source: Any) -> bytes:
-    """What tells a media source from another: a file's size, a text, bytes, a picture's pixels, each frame of a list."""
+    """What tells a media source from another: a file's size (and checksum, in an archive), a text, bytes, pixels, each frame of a list."""
     if isinstance(source, (list, tuple)):
         return b"".join(map(identity, source))
     if isinstance(source, (str, Path)) and os.path.isfile(source):
         return str(Path(source).stat().st_size).encode()
+    if isinstance(source, ZipMember):
+        return f"{source.size} {source.crc:08x}".encode()
     if isinstance(source, Mapping):
         return identity(source.get("bytes") or source.get("path"))
     pixels = getattr(source, "tobytes", None)

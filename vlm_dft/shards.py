@@ -261,12 +261,13 @@ class _Finder:
 
 
 def index_table(rows: Sequence[Mapping[str, Any]], places: Sequence[_Place]) -> Any:
-    """The index of a shard's rows: {id, source, tokens, media, response, shard, row} of each, and where its values lie."""
+    """The index of a shard's rows: {id, source, tokens, media, response, changed, shard, row} of each, and where its values lie."""
     import pyarrow as pa
 
     columns: dict[str, Any] = {name: pa.array([row[name] for row in rows], pa.string()) for name in ("id", "source")}
     for name in ("tokens", "media", "response", "shard", "row"):
         columns[name] = pa.array([row[name] for row in rows], pa.int32())
+    columns["changed"] = pa.array([row["changed"] for row in rows], pa.list_(pa.string()))
     columns["likeness"] = pa.array([row["likeness"] for row in rows], pa.binary(16))
     for name in ("messages", "tools"):
         found = [getattr(place, name) for place in places]

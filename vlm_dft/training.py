@@ -17,6 +17,7 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from vlm_dft.adapters import quantization_of
+from vlm_dft.agreement import agreed, check_same_examples
 from vlm_dft.arguments import fit_fsdp, training_arguments_of
 from vlm_dft.benchmarks import load_benchmark
 from vlm_dft.boards import Boards
@@ -241,7 +242,8 @@ def train_objective(
         raise ModelError(
             "Several GPUs in one process would mean DataParallel. Start one process per GPU: NPROC=<GPUs>."
         )
-    last = _agreed(last, arguments)
+    last = agreed(last, arguments)
+    check_same_examples(examples, arguments)
     check_devices(find_engine(config.engine), device_kind())
     if arguments.deepspeed:
         import deepspeed
@@ -364,17 +366,6 @@ def _pauses(config: TrainConfig, arguments: Any) -> dict[str, int]:
             "saving": min(every, found["saving"]) if config.evaluation.get("keep_best") else found["saving"],
         }
     return found
-
-
-def _agreed(last: Path | None, arguments: Any) -> Path | None:
-    """The first process's checkpoint, in all of them."""
-    if arguments.world_size == 1:
-        return last
-    from accelerate.utils import broadcast_object_list  # type: ignore[import-untyped]
-
-    name = [None if last is None else str(last)]
-    broadcast_object_list(name)
-    return None if name[0] is None else Path(name[0])
 
 
 def leave_engines() -> None:
