@@ -93,8 +93,7 @@ def _stored(url: str) -> dict[str, Any]:
 
     if "://" in url and not url.startswith("file://"):
         return {"why": "the prepared rows are not on this machine"}
-    measures = open_prepared(url).measures
-    return {"why": "the rows were prepared unmeasured"} if measures is None else measures
+    return open_prepared(url).measures or {"why": "the rows were prepared unmeasured"}
 
 
 def _sources(plan: Plan) -> list[Source]:
@@ -190,9 +189,8 @@ def _measure(config: TrainConfig, source: Source) -> dict[str, Any]:
     drop = (config.rows.get("bad_rows") or source.card.get("bad_rows", "refuse")) == "drop"
     found: list[Measured] = []
     looked, why = 0, ""
-    with closing(
-        examine(source.card, source.data, collator=collator, limit=min(config.limit or LOOKED, LOOKED))
-    ) as rows:
+    limit = min(config.limit or LOOKED, LOOKED)
+    with closing(examine(source.card, source.data, collator=collator, limit=limit)) as rows:
         for one in rows:
             looked += 1
             if one.outcome.error is not None and not drop:
