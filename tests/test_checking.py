@@ -301,7 +301,7 @@ def test_a_benchmark_that_cannot_be_read_is_named_with_the_reason_or_refused_whe
     folder: Path,
 ) -> None:
     found, unread = reachable(None, None, access=ACCESS)
-    assert [items.name for items in found] == ["drawn"] and "--data DIR" in unread["tabmwp"]
+    assert [items.name for items in found] == ["drawn"] and "are: --benchmark-data DIR." in unread["tabmwp"]
     with pytest.raises(UserError, match="--against tabmwp: .*--benchmark-data DIR"):
         reachable(["tabmwp"], None, access=ACCESS)
     assert reachable([], None, access=ACCESS) == ([], {})

@@ -10,7 +10,7 @@ from PIL import Image
 
 from vlm_dft.errors import CardError, RowError
 from vlm_dft.examining import examine
-from vlm_dft.recipes import load_recipe, outcomes, read_recipe, said_format
+from vlm_dft.recipes import load_recipe, outcomes, outcomes_of, read_recipe, said_format
 from vlm_dft.row_formats import FORMATS, detect
 
 QA = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
@@ -203,3 +203,16 @@ def test_an_unknown_format_names_the_nearest(tmp_path: Path) -> None:
         CardError, match=r"unknown format 'conversation'. Did you mean 'conversations'\? Known: messages"
     ):
         load(tmp_path, [{"messages": QA}], format="conversation")
+
+
+def test_a_picture_that_nothing_uses_is_an_error_that_says_how_to_use_it(tmp_path: Path) -> None:
+    row = {"id": "0.png", "picture": "pics/0.png", "question": "How high?", "answer": "5"}
+    card = {"name": "own", "source": {"files": ["rows.csv"]}}
+    for own in (card, {**card, "prompt": "{question}", "response": "{answer}"}):
+        (outcome,) = outcomes_of(own, row, tmp_path)
+        assert outcome.error is not None and outcome.error.reason == "a column of pictures is not used"
+        assert "column 'picture' holds a picture that nothing uses. Say `images: picture`" in str(outcome.error)
+    (outcome,) = outcomes_of({**card, "images": None}, row, tmp_path)
+    assert outcome.error is None
+    (outcome,) = outcomes_of(card, {**row, "picture": "blue", "image": None}, tmp_path)
+    assert outcome.error is None

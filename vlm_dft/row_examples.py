@@ -7,14 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vlm_dft.chat import Example, Message, as_example, is_trained
+from vlm_dft.chat import Example, Message, as_example, is_picture, is_trained
 from vlm_dft.columns import fill, is_nan
 from vlm_dft.errors import RowError
 from vlm_dft.filters import why_dropped
 from vlm_dft.markers import MARKERS, MISMATCH, NUMBERED, count_markers, count_numbered, read_numbered
 from vlm_dft.prompts import prompt_text, right_option
 from vlm_dft.response_text import finish, with_ending
-from vlm_dft.row_formats import format_of, inline_images, media_of, messages_of, tools_of
+from vlm_dft.row_formats import MEDIA_COLUMNS, format_of, inline_images, media_of, messages_of, tools_of
 from vlm_dft.rows import locate
 
 
@@ -37,6 +37,12 @@ def made_of(card: Mapping[str, Any], row: Mapping[str, Any], root: Path | None) 
         tools, option = tools_of(row.get("tools"), where), {}
     images = [fill(card["image"], row, where=where)] if "image" in card else media_of(card, row, "image")
     videos = media_of(card, row, "video")
+    if not (images or videos) and (name := _unused_picture(card, row)):
+        raise RowError(
+            f"{where}: column {name!r} holds a picture that nothing uses. Say `images: {name}` in the card, or `images: null` if it is "
+            "not to be shown.",
+            "a column of pictures is not used",
+        )
     messages, inline = inline_images(messages)
     if inline and images:
         raise RowError(f"{where}: images both as <img> in the text and in a column. Give them in one place.", MISMATCH)
@@ -67,6 +73,15 @@ def made_of(card: Mapping[str, Any], row: Mapping[str, Any], root: Path | None) 
         videos=locate(made.videos, folder, where=where, kind="video"),
     )  # fmt: skip
     return example, tuple(filter(None, [*said, *changed]))
+
+
+def _unused_picture(card: Mapping[str, Any], row: Mapping[str, Any]) -> str:
+    """A column that looks like a picture, where the card says nothing of pictures and the row has no column of ours for them."""
+    if {"image", "images", "videos"} & set(card) or {name for names in MEDIA_COLUMNS.values() for name in names} & set(
+        row
+    ):
+        return ""
+    return next((str(name) for name, value in row.items() if name != "id" and is_picture(value)), "")
 
 
 def filtered(card: Mapping[str, Any], row: Mapping[str, Any]) -> str:
