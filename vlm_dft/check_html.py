@@ -42,7 +42,8 @@ CHECK_STYLE = """
 font:13px/1.45 ui-monospace,monospace;white-space:pre-wrap}.nopicture{font-size:12px;color:var(--soft);border:1px dashed var(--line);
 border-radius:4px;padding:8px;overflow-wrap:anywhere}.pictures img{margin-bottom:4px;width:auto;max-width:100%}
 details{margin-top:12px}h3 small{font-weight:400}
-.advice{padding-left:20px;margin:0}.advice li{margin:4px 0}header~header{border-top:1px solid var(--line);margin-top:56px;padding-top:28px}td.said,th.said{text-align:left;white-space:normal;overflow-wrap:anywhere}
+.advice{padding-left:20px;margin:0}.advice li{margin:4px 0}header~header{border-top:1px solid var(--line);margin-top:56px;padding-top:28px}
+td.said,th.said{text-align:left;white-space:normal;overflow-wrap:anywhere}
 @media(max-width:640px){.pair{grid-template-columns:1fr}}
 """
 
@@ -240,7 +241,8 @@ def _plots(found: Mapping[str, Any]) -> str:
 
 def _counted(found: Mapping[str, Any]) -> str:
     rows = "".join(
-        f"<tr><th class=said>{_text(what)}</th><td>{one['rows']:,}</td><td class=said>{_text(', '.join(name[:NAME] for name in one['ids'][:8]), TEXT)}</td></tr>"
+        f"<tr><th class=said>{_text(what)}</th><td>{one['rows']:,}</td>"
+        f"<td class=said>{_text(', '.join(k[:NAME] for k in one['ids'][:8]), TEXT)}</td></tr>"
         for name in ("dropped", "changed", "remarks", "notes")
         for what, one in found[name].items()
     )
