@@ -39,7 +39,7 @@ def made_of(card: Mapping[str, Any], row: Mapping[str, Any], root: Path | None) 
     videos = media_of(card, row, "video")
     if not (images or videos) and (name := _unused_picture(card, row)):
         raise RowError(
-            f"{where}: column {name!r} holds a picture that nothing uses. Say `images: {name}` in the card, or `images: null` if it is "
+            f"{where}: column {name!r} holds a picture that nothing uses. Say `images: {name}` in a card, or `images: null` if it is "
             "not to be shown.",
             "a column of pictures is not used",
         )
