@@ -216,3 +216,10 @@ def test_a_picture_that_nothing_uses_is_an_error_that_says_how_to_use_it(tmp_pat
     assert outcome.error is None
     (outcome,) = outcomes_of(card, {**row, "picture": "blue", "image": None}, tmp_path)
     assert outcome.error is None
+    two = {**row, "image": "images/0.png", "picture": {"bytes": b"x", "path": None}}  # as MathVista's rows
+    (outcome,) = outcomes_of(card, two, tmp_path)
+    assert "columns 'image' and 'picture' both hold pictures. Say `images: picture` or `images: image`" in str(
+        outcome.error
+    )
+    (outcome,) = outcomes_of({**card, "images": "picture"}, two, tmp_path)
+    assert outcome.error is None

@@ -59,8 +59,8 @@ def mixture_tables(mixture: Mapping[str, Any]) -> Iterator[Table | Text | Rule]:
     yield Rule(_said(_short(mixture["recipe"], 60)), align="left")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("source", overflow="fold")
-    for name in ("rows read", "cannot be used", "dropped", "again", "in benchmarks", "tokens a row", "most"):
-        table.add_column(name, justify="right")
+    for name in ("rows", "faulty", "dropped", "again", "in benchmarks", "tokens", "most"):  # fit 80 columns
+        table.add_column(name, justify="right", min_width=max(map(len, name.split())))
     for found in mixture["sources"]:
         rows, tokens, shared = found["rows"], found["tokens"]["all"], in_benchmarks(found)
         table.add_row(

@@ -37,12 +37,7 @@ def made_of(card: Mapping[str, Any], row: Mapping[str, Any], root: Path | None) 
         tools, option = tools_of(row.get("tools"), where), {}
     images = [fill(card["image"], row, where=where)] if "image" in card else media_of(card, row, "image")
     videos = media_of(card, row, "video")
-    if not (images or videos) and (name := _unused_picture(card, row)):
-        raise RowError(
-            f"{where}: column {name!r} holds a picture that nothing uses. Say `images: {name}` in a card, or `images: null` if it is "
-            "not to be shown.",
-            "a column of pictures is not used",
-        )
+    _check_pictures_used(card, row, where)
     messages, inline = inline_images(messages)
     if inline and images:
         raise RowError(f"{where}: images both as <img> in the text and in a column. Give them in one place.", MISMATCH)
@@ -75,13 +70,27 @@ def made_of(card: Mapping[str, Any], row: Mapping[str, Any], root: Path | None) 
     return example, tuple(filter(None, [*said, *changed]))
 
 
-def _unused_picture(card: Mapping[str, Any], row: Mapping[str, Any]) -> str:
-    """A column that looks like a picture, where the card says nothing of pictures and the row has no column of ours for them."""
-    if {"image", "images", "videos"} & set(card) or {name for names in MEDIA_COLUMNS.values() for name in names} & set(
-        row
-    ):
-        return ""
-    return next((str(name) for name, value in row.items() if name != "id" and is_picture(value)), "")
+def _check_pictures_used(card: Mapping[str, Any], row: Mapping[str, Any], where: str) -> None:
+    """Refuse a row with a column that looks like a picture which nothing uses, where the card says nothing of pictures.
+
+    Beside a column of ours, such as MathVista's `image` (a path) beside `decoded_image`, only embedded ones count.
+    """
+    if {"image", "images", "videos"} & set(card):
+        return
+    ours = [name for names in MEDIA_COLUMNS.values() for name in names if name in row]
+    for name, value in row.items():
+        if name == "id" or name in ours or not is_picture(value) or (ours and not isinstance(value, Mapping)):
+            continue
+        if ours:
+            raise RowError(
+                f"{where}: columns {ours[0]!r} and {name!r} both hold pictures. Say `images: {name}` or `images: {ours[0]}` in a card.",
+                "two columns of pictures",
+            )
+        raise RowError(
+            f"{where}: column {name!r} holds a picture that nothing uses. Say `images: {name}` in a card, or `images: null` if it is "
+            "not to be shown.",
+            "a column of pictures is not used",
+        )
 
 
 def filtered(card: Mapping[str, Any], row: Mapping[str, Any]) -> str:
