@@ -9,7 +9,7 @@ import yaml
 from PIL import Image
 
 from vlm_dft.cards import list_cards, read_card
-from vlm_dft.errors import CardError, RowError
+from vlm_dft.errors import CardError, RowError, UserError
 from vlm_dft.media import image_size
 from vlm_dft.recipes import load_recipe, read_recipe
 from vlm_dft.rows import read_rows
@@ -274,3 +274,11 @@ def test_a_template_without_quotes_says_that_they_are_missing(tmp_path: Path) ->
     card.write_text("description: x\nlicence: y\nsource: {files: [rows.csv]}\nprompt: {question}\nresponse: {answer}\n")
     with pytest.raises(CardError, match='needs quotes: "{question}"'):
         read_recipe(str(card))
+
+
+def test_a_folder_whose_preparation_was_killed_is_not_taken_for_a_set(tmp_path: Path) -> None:
+    (tmp_path / ".preparing").mkdir()
+    (tmp_path / ".preparing" / "made_from.json").write_text("{}")
+    (tmp_path / "shard-00000.parquet").touch()
+    with pytest.raises(UserError, match="begun and not ended: run it again"):
+        read_recipe(str(tmp_path))

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image, ImageDraw
 from rich.console import Console
 
-from vlm_dft.check_tables import tables
+from vlm_dft.check_tables import mixture_tables, tables
 from vlm_dft.cli import main
 
 EVIL = '<script>alert("x")</script><img src=x onerror=alert(1)> [red]not markup[/red] \x1b[31m \u202e'
@@ -286,3 +286,15 @@ def test_the_columns_of_the_list_are_straight(capsys: pytest.CaptureFixture[str]
     lines = capsys.readouterr().out.splitlines()
     width = max(len(line.split()[0]) for line in lines)
     assert width > 16 and all(line[width] == " " and line[width + 1] != " " for line in lines)
+
+
+def test_the_summary_of_a_mixture_fits_80_columns(capsys: pytest.CaptureFixture[str], rows: Path) -> None:
+    told = rows.with_name("told.json")
+    check(
+        mixture(rows.parent, "recipe: rows.jsonl", "recipe: drawn_new"), "-n", "9", "--against", "none", "--json", told
+    )
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    for part in mixture_tables(json.loads(told.read_text())):
+        console.print(part)
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= 80 and "…" not in text and "benchmarks" in text

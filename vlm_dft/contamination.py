@@ -100,9 +100,9 @@ def reachable(
             found.append(_read_from(folders, name, access, workers))
         except UserError as error:
             if names is not None:
-                raise UserError(
-                    f"--against {name}: {_said(error)} Say where its files are: --benchmark-data DIR."
-                ) from error
+                said = _said(error)
+                hint = "" if "--benchmark-data" in said else " Say where its files are: --benchmark-data DIR."
+                raise UserError(f"--against {name}: {said}{hint}") from error
             unread[name] = _said(error)
     return found, unread
 

@@ -73,6 +73,8 @@ def read_recipe(name: str, within: Sequence[Path] = ()) -> dict[str, Any]:
 def _check_is_card(name: str) -> None:
     """Refuse a folder or a file of data where a card is expected, and say the card that would do. Raises CardError."""
     path = Path(name).expanduser()
+    if any(path.glob(".preparing*")):
+        open_prepared(name)  # says that it was begun and not ended
     if path.is_dir() and os.sep in name:
         inside = (Path(folder) / file for folder, _, files in os.walk(path) for file in sorted(files))
         first = next((file for file in inside if file.suffix in DATA), None)
