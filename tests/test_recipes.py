@@ -252,10 +252,15 @@ def test_no_form_of_a_source_leaves_the_data_folder(tmp_path: Path, form: str) -
         load_recipe(card, str(tmp_path / "data"))
 
 
-def test_a_folder_or_a_table_in_place_of_a_card_is_met_with_the_card_to_write(tmp_path: Path) -> None:
+def test_a_folder_or_a_table_in_place_of_a_card_is_met_with_the_card_to_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train-00000.parquet").touch()
     (tmp_path / "rows.csv").write_text("question,answer\nHow many?,5\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CardError, match=r"'data' is a folder, not a recipe"):
+        read_recipe("data")
     with pytest.raises(CardError, match=r"is a folder, not a recipe") as error:
         read_recipe(str(tmp_path / "data"))
     assert 'source: {files: ["*.parquet"]}' in str(error.value) and f"--data {tmp_path / 'data'}" in str(error.value)

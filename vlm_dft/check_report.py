@@ -149,7 +149,7 @@ def _of_rows(found: Mapping[str, Any]) -> list[str]:
     rows, lines = found["rows"], list[str]()
     if found["stopped"]:
         lines.append(
-            f"Reading stopped after {rows['read']:,} rows: nothing is known of what follows. Mend the file first."
+            f"Reading stopped after {rows['read']:,} rows: nothing is known of what follows. Put that right first."
         )
     if rows["faulty"]:
         lines.append(

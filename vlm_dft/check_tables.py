@@ -49,7 +49,9 @@ def tables(found: Mapping[str, Any], *, titled: bool = False) -> Iterator[Table 
 def _headline(found: Mapping[str, Any]) -> Text:
     rows = found["rows"]
     text = Text().append(printable(found["recipe"]), style="bold")
-    text.append(f": {rows['read']:,} rows read ({printable(found['looked_at'])}), {rows['usable']:,} usable, ")
+    text.append(
+        f": {rows['read']:,} row{'s' * (rows['read'] != 1)} read ({printable(found['looked_at'])}), {rows['usable']:,} usable, "
+    )
     text.append(f"{rows['faulty']:,} cannot be used", style=FAULTY if rows["faulty"] else GOOD)
     return text.append(f", {rows['dropped']:,} dropped by the card" if rows["dropped"] else "")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from vlm_dft.accounting import Accounting, Faults
 from vlm_dft.archives import image_folder
-from vlm_dft.cards import find_card, nearest, read_card
+from vlm_dft.cards import find_card, list_cards, nearest, read_card
 from vlm_dft.chat import Example, unroll
 from vlm_dft.errors import CardError, RowError
 from vlm_dft.hub_sets import DATA
@@ -75,7 +75,7 @@ def _check_is_card(name: str) -> None:
     path = Path(name).expanduser()
     if any(path.glob(".preparing*")):
         open_prepared(name)  # says that it was begun and not ended
-    if path.is_dir() and os.sep in name:
+    if path.is_dir() and name not in list_cards("recipe"):
         inside = (Path(folder) / file for folder, _, files in os.walk(path) for file in sorted(files))
         first = next((file for file in inside if file.suffix in DATA), None)
         files = "..." if first is None else str(first.relative_to(path).with_name(f"*{first.suffix}"))
