@@ -298,3 +298,11 @@ def test_the_summary_of_a_mixture_fits_80_columns(capsys: pytest.CaptureFixture[
         console.print(part)
     text = console.export_text()
     assert max(map(len, text.splitlines())) <= 80 and "…" not in text and "benchmarks" in text
+
+
+def test_where_no_row_can_be_read_the_reason_is_an_error_and_no_report(
+    capsys: pytest.CaptureFixture[str], rows: Path
+) -> None:
+    rows.with_suffix(".json").write_text('[{"messages": ')
+    assert check(rows.with_suffix(".json"), "--against", "none", "--json", rows.with_name("told.json")) == 2
+    assert "error: " in capsys.readouterr().err and not rows.with_name("told.json").exists()

@@ -147,6 +147,8 @@ def _look_at(
             limit=None if only is not None else limit, only=only,
             progress=lambda rows: bar.update(1 if only is not None and rows else rows),
         )  # fmt: skip
+    if checked.stopped and not checked.read:  # a hub out of reach: no report of nothing
+        raise UserError(checked.stopped)
     return Findings(
         card, replace(config, data=data), checked, _how(total, limit, checked.read), compared, unread,
         asked=_benchmarks(arguments.against) != [],
