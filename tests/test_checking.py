@@ -262,6 +262,11 @@ def test_benchmark_items_in_a_recipe_are_found_by_picture_and_question(
         row("jpeg", "g.jpg", "Which bar of g is highest?"),
         row("form", "h.png", "  WHICH bar\nof h   is highest "),
         row("other question", "i.png", "What is the colour of the second bar?"),
+        row(
+            "instructed",
+            "f.png",
+            "Look at the chart.\nQuestion: Which bar of f is highest?\nThink step by step, then answer.",
+        ),
         row("other look", "g.jpg", "And the second?"),
         row("other picture", "b.png", "Which bar of i is highest?"),
         row("text", None, "How much is 3 + 2?"),
@@ -273,7 +278,7 @@ def test_benchmark_items_in_a_recipe_are_found_by_picture_and_question(
         for what, rows in overlaps(found, items).items()
     }
     assert told == {
-        SAME: [("exact", ["test/f"]), ("form", ["test/h"])],
+        SAME: [("exact", ["test/f"]), ("form", ["test/h"]), ("instructed", ["test/f"])],
         LOOKS: [("jpeg", ["test/g"])],
         TEXT: [("text", ["test/text 2"])],
         PICTURE: [("other question", ["test/i"])],
@@ -301,7 +306,7 @@ def test_a_benchmark_that_cannot_be_read_is_named_with_the_reason_or_refused_whe
     folder: Path,
 ) -> None:
     found, unread = reachable(None, None, access=ACCESS)
-    assert [items.name for items in found] == ["drawn"] and "--data DIR" in unread["tabmwp"]
+    assert [items.name for items in found] == ["drawn"] and "are: --benchmark-data DIR." in unread["tabmwp"]
     with pytest.raises(UserError, match="--against tabmwp: .*--benchmark-data DIR"):
         reachable(["tabmwp"], None, access=ACCESS)
     assert reachable([], None, access=ACCESS) == ([], {})

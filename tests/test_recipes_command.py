@@ -13,7 +13,7 @@ import pytest
 from PIL import Image, ImageDraw
 from rich.console import Console
 
-from vlm_dft.check_tables import tables
+from vlm_dft.check_tables import mixture_tables, tables
 from vlm_dft.cli import main
 
 EVIL = '<script>alert("x")</script><img src=x onerror=alert(1)> [red]not markup[/red] \x1b[31m \u202e'
@@ -202,13 +202,110 @@ def test_tables_fit_the_terminal(capsys: pytest.CaptureFixture[str], rows: Path,
     )
 
 
-def test_a_mixture_is_checked_by_its_sources(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def mixture(folder: Path, *entries: str) -> Path:
+    card = folder / "both.yaml"
+    card.write_text("description: Two.\nlicence: own\nmixture:\n" + "".join(f"  - {{{one}}}\n" for one in entries))
+    return card
+
+
+def test_a_mixture_is_checked_source_by_source_and_summed_up(capsys: pytest.CaptureFixture[str], rows: Path) -> None:
+    card = mixture(
+        rows.parent, "recipe: rows.jsonl, repeat: 2", "recipe: drawn_new, name: again", "recipe: drawn_new, name: new"
+    )
+    page, told = rows.with_name("page.html"), rows.with_name("told.json")
+    assert check(card, "-n", "20", "--against", "none", "--json", told, "--html", page) == 1  # two rows of six
+    out = capsys.readouterr().out
+    assert "rows: 6 rows read (all), 4 usable, 2 cannot be used" in out and "new: 20 rows read" in out
+    found = json.loads(told.read_text())
+    assert [(one["recipe"], one["rows"]["faulty"]) for one in found["sources"]] == [
+        ("rows", 2),
+        ("again", 0),
+        ("new", 0),
+    ]
+    assert [(one["sources"], one["rows"]) for one in found["shared_between_sources"]] == [(["again", "new"], 20)]
+    assert "→ 20 of the rows of new that were looked at ask what a row of again asks" in out
+    summary = out[out.index("in benchmarks") :].splitlines()
+    assert [line.split()[:3] for line in summary if line.strip()][2:5] == [
+        ["rows", "6", "2"],
+        ["again", "20", "0"],
+        ["new", "20", "0"],
+    ]
+    text = page.read_text()
+    assert text.count("<h2>Distributions</h2>") == 3 and "3 sources" in text and "20 of the rows of new" in text
+
+
+def test_a_source_of_a_mixture_that_is_not_there_is_said_and_the_others_are_checked(
+    capsys: pytest.CaptureFixture[str], rows: Path
 ) -> None:
-    card = {"name": "both", "mixture": [{"recipe": "drawn"}, {"recipe": "drawn_new"}]}
-    monkeypatch.setattr("vlm_dft.recipes_command.model_and_recipe", lambda arguments: (None, card))
-    assert check("both") == 2
-    assert "Check its sources one by one" in (err := capsys.readouterr().err) and "drawn, drawn_new" in err
+    card = mixture(rows.parent, "recipe: drawn_new", "recipe: tabmwp, data: tables")
+    assert (
+        check(card, "--data", rows.parent, "-n", "5", "--against", "none", "--json", rows.with_name("told.json")) == 2
+    )
+    out = capsys.readouterr().out
+    assert "drawn_new: 5 rows read" in out and "not checked: tabmwp: Recipe 'tabmwp': no data folder at" in out
+    assert list(json.loads(rows.with_name("told.json").read_text())["not_checked"]) == ["tabmwp"]
+
+
+def test_a_prepared_folder_is_checked_as_any_recipe(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert (
+        main(["recipes", "prepare", "drawn_new", "--limit", "12", "--workers", "0", "--output", str(tmp_path / "p")])
+        == 0
+    )
+    assert check(tmp_path / "p", "--html", tmp_path / "page.html") == 0
+    out = capsys.readouterr().out
+    assert "drawn_new: 12 rows read (all), 12 usable" in out and "compared with drawn: 0 of" in out
+    assert (
+        "not compared with tabmwp: Benchmark 'tabmwp, split test' reads local files. Say where they are: --benchmark-data"
+        in out
+    )
+
+
+def test_half_a_surrogate_pair_stops_neither_json_nor_page(capsys: pytest.CaptureFixture[str], rows: Path) -> None:
+    rows.write_text(rows.read_text().replace('"first"', '"\\ud83d"'))
+    assert (
+        check(rows, "--against", "none", "--json", rows.with_name("told.json"), "--html", rows.with_name("p.html")) == 1
+    )
+    assert json.loads(rows.with_name("told.json").read_text())["duplicates"]["rows"]["ids"] == [["\ud83d", "again"]]
+    assert "&lt;U+D83D&gt;" in rows.with_name("p.html").read_text()
+
+
+def test_a_long_id_hides_neither_the_message_nor_its_partner(capsys: pytest.CaptureFixture[str], rows: Path) -> None:
+    long = {"first": "f" * 3000, "again": "g" * 36, "cut": "c" * 500}
+    text = rows.read_text()
+    for name, longer in long.items():
+        text = text.replace(f'"{name}"', f'"{longer}"')
+    rows.write_text(text)
+    assert check(rows, "--against", "none") == 1
+    out = " ".join(capsys.readouterr().out.split())
+    assert "damaged or cut short" in out.split("image damaged or cut short")[1]
+    assert f"{'f' * 39}… = {'g' * 36}" in out
+
+
+def test_the_columns_of_the_list_are_straight(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    width = max(len(line.split()[0]) for line in lines)
+    assert width > 16 and all(line[width] == " " and line[width + 1] != " " for line in lines)
+
+
+def test_the_summary_of_a_mixture_fits_80_columns(capsys: pytest.CaptureFixture[str], rows: Path) -> None:
+    told = rows.with_name("told.json")
+    check(
+        mixture(rows.parent, "recipe: rows.jsonl", "recipe: drawn_new"), "-n", "9", "--against", "none", "--json", told
+    )
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    for part in mixture_tables(json.loads(told.read_text())):
+        console.print(part)
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= 80 and "…" not in text and "benchmarks" in text
+
+
+def test_where_no_row_can_be_read_the_reason_is_an_error_and_no_report(
+    capsys: pytest.CaptureFixture[str], rows: Path
+) -> None:
+    rows.with_suffix(".json").write_text('[{"messages": ')
+    assert check(rows.with_suffix(".json"), "--against", "none", "--json", rows.with_name("told.json")) == 2
+    assert "error: " in capsys.readouterr().err and not rows.with_name("told.json").exists()
 
 
 def test_a_check_says_where_the_rows_are_read_from_and_in_which_format(

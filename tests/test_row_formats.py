@@ -10,7 +10,7 @@ from PIL import Image
 
 from vlm_dft.errors import CardError, RowError
 from vlm_dft.examining import examine
-from vlm_dft.recipes import load_recipe, outcomes, read_recipe, said_format, said_source
+from vlm_dft.recipes import load_recipe, outcomes, outcomes_of, read_recipe, said_format, said_source
 from vlm_dft.row_formats import FORMATS, detect
 
 QA = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
@@ -226,3 +226,23 @@ def test_a_conversation_stored_as_lists_by_key_is_read(tmp_path: Path) -> None:
     good, bad = outcomes({"name": "x", "source": {"files": ["rows.json"]}}, str(tmp_path))
     assert good.example is not None and [m["content"] for m in good.example.messages] == ["q", "a"]
     assert bad.error is not None and bad.error.reason == "no conversation"
+
+
+def test_a_picture_that_nothing_uses_is_an_error_that_says_how_to_use_it(tmp_path: Path) -> None:
+    row = {"id": "0.png", "picture": "pics/0.png", "question": "How high?", "answer": "5"}
+    card = {"name": "own", "source": {"files": ["rows.csv"]}}
+    for own in (card, {**card, "prompt": "{question}", "response": "{answer}"}):
+        (outcome,) = outcomes_of(own, row, tmp_path)
+        assert outcome.error is not None and outcome.error.reason == "a column of pictures is not used"
+        assert "column 'picture' holds a picture that nothing uses. Say `images: picture`" in str(outcome.error)
+    (outcome,) = outcomes_of({**card, "images": None}, row, tmp_path)
+    assert outcome.error is None
+    (outcome,) = outcomes_of(card, {**row, "picture": "blue", "image": None}, tmp_path)
+    assert outcome.error is None
+    two = {**row, "image": "images/0.png", "picture": {"bytes": b"x", "path": None}}  # as MathVista's rows
+    (outcome,) = outcomes_of(card, two, tmp_path)
+    assert "columns 'image' and 'picture' both hold pictures. Say `images: picture` or `images: image`" in str(
+        outcome.error
+    )
+    (outcome,) = outcomes_of({**card, "images": "picture"}, two, tmp_path)
+    assert outcome.error is None

@@ -230,7 +230,7 @@ def as_example(row: Example | Mapping[str, Any], *, where: str = "example") -> E
     for key, value in fields.items():
         if key not in ROW_KEYS and (meant := _misspelt(str(key))):
             raise RowError(f"{name}: unknown key {key!r}. Did you mean {meant!r}? Rename it, or take it out.")
-        if key not in ROW_KEYS and not fields.get("images") and _is_picture(value):
+        if key not in ROW_KEYS and not fields.get("images") and is_picture(value):
             raise RowError(
                 f"{name}: unknown key {key!r}, which holds pictures. Give them as a list under 'images', or take it out."
             )
@@ -264,10 +264,10 @@ def _listed(value: Any, found: str) -> list[Any]:
     raise RowError(f"{found} {brief(value)}.")
 
 
-def _is_picture(value: Any) -> bool:
+def is_picture(value: Any) -> bool:
     """Whether a column's value looks like a picture, or a list of some: by its type, or by a file's ending."""
     if isinstance(value, (list, tuple)):
-        return bool(value) and all(map(_is_picture, value))
+        return bool(value) and all(map(is_picture, value))
     if isinstance(value, Mapping):
         return isinstance(value.get("bytes"), bytes)
     if isinstance(value, str):

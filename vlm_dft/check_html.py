@@ -14,8 +14,9 @@ import numpy as np
 from vlm_dft.benchmarks import read_benchmark
 from vlm_dft.chat import Example, is_trained, text_of
 from vlm_dft.check_report import Findings
+from vlm_dft.check_tables import in_benchmarks, message_of, shared_line
 from vlm_dft.checking import rows_at
-from vlm_dft.contamination import OVERLAPS, QUESTION, split_cards
+from vlm_dft.contamination import OVERLAPS, QUESTION, Items, split_cards
 from vlm_dft.errors import ImageError, RowError, UserError, printable
 from vlm_dft.media import open_image
 from vlm_dft.recipes import recipe_root
@@ -27,7 +28,13 @@ from vlm_dft.sources import MediaAccess
 
 SIDE, PICTURES = 320, 3  # pixels of an embedded picture's longer side; pictures shown of a row
 BUDGET = 8 * 2**20  # bytes of embedded pictures; a row's pictures beyond it are not shown, and that is said
-KINDS, PAIRS, WORST, TEXT = 24, 12, 6, 600  # kinds of faults, pairs of a kind, rows of an extreme, characters
+KINDS, PAIRS, WORST, TEXT, NAME = (
+    24,
+    12,
+    6,
+    600,
+    200,
+)  # kinds of faults, pairs of a kind, rows of an extreme, characters
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # no request and no script at all
 CHECK_STYLE = """
 .pair{display:grid;grid-template-columns:1fr 1fr;gap:12px;margin-top:12px}.pair article{flex-direction:column;gap:8px}
@@ -35,16 +42,17 @@ CHECK_STYLE = """
 font:13px/1.45 ui-monospace,monospace;white-space:pre-wrap}.nopicture{font-size:12px;color:var(--soft);border:1px dashed var(--line);
 border-radius:4px;padding:8px;overflow-wrap:anywhere}.pictures img{margin-bottom:4px;width:auto;max-width:100%}
 details{margin-top:12px}h3 small{font-weight:400}
-.advice{padding-left:20px;margin:0}.advice li{margin:4px 0}td.said,th.said{text-align:left;white-space:normal;overflow-wrap:anywhere}
+.advice{padding-left:20px;margin:0}.advice li{margin:4px 0}header~header{border-top:1px solid var(--line);margin-top:56px;padding-top:28px}
+td.said,th.said{text-align:left;white-space:normal;overflow-wrap:anywhere}
 @media(max-width:640px){.pair{grid-template-columns:1fr}}
 """
 
 
 class Album:
-    """Pictures as data: URIs, as long as they fit into BUDGET bytes."""
+    """Pictures as data: URIs, as long as they fit into a budget of bytes."""
 
-    def __init__(self, access: MediaAccess) -> None:
-        self.access, self.left, self.left_out = access, BUDGET, 0
+    def __init__(self, access: MediaAccess, budget: int) -> None:
+        self.access, self.left, self.left_out = access, budget, 0
 
     def show(self, source: Any, what: str) -> str:
         """An <img>, or a box that says why there is none. A damaged picture is shown as far as it can be read."""
@@ -65,18 +73,17 @@ class Album:
         return f"<img alt='{_text(what)}' src='{found}'>{caption}"
 
 
-def render_page(found: Mapping[str, Any], findings: Findings, benchmark_data: str | None) -> str:
-    """The whole page. Every text from data or cards is escaped."""
-    album = Album(MediaAccess())  # nothing is fetched for a page
-    rows = _Rows(findings)
-    sections = [
-        _header(found), _advice(found), _plots(found), _counted(found), _faults(found, rows, album),
-        _worst(found, findings, rows, album), _recurring(findings, rows, album),
-        _contamination(found, findings, rows, album, benchmark_data),
-    ]  # fmt: skip
-    if album.left_out:
-        sections.append(f"<p class=note>{album.left_out} pictures were left out, to keep this page under 10 MB.</p>")
-    title = _text(f"{found['recipe']}: checked")
+def render_page(every: Sequence[tuple[Mapping[str, Any], Findings]], mixture: Mapping[str, Any] | None = None) -> str:
+    """The whole page: of one recipe, or of a mixture's sources one after the other. Every text from data or cards is escaped."""
+    sections = [_mixture(mixture)] if mixture else []
+    for found, findings in every:
+        album = Album(MediaAccess(), BUDGET // len(every))  # nothing is fetched for a page
+        sections += _sections(found, findings, album)
+        if album.left_out:
+            sections.append(
+                f"<p class=note>{album.left_out} pictures were left out, to keep this page under 10 MB.</p>"
+            )
+    title = _text(f"{(mixture or every[0][0])['recipe']}: checked")
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
@@ -84,6 +91,36 @@ def render_page(found: Mapping[str, Any], findings: Findings, benchmark_data: st
         f"<title>{title}</title><style>{STYLE}{CHECK_STYLE}</style></head>\n<body><main>\n"
         + "\n".join(filter(None, sections))
         + "\n</main></body></html>\n"
+    )
+
+
+def _sections(found: Mapping[str, Any], findings: Findings, album: Album) -> list[str]:
+    """All that is shown of one recipe."""
+    rows = _Rows(findings)
+    return [
+        _header(found), _advice(found), _plots(found), _counted(found), _faults(found, rows, album),
+        _worst(found, findings, rows, album), _recurring(findings, rows, album), _contamination(found, findings, rows, album),
+    ]  # fmt: skip
+
+
+def _mixture(mixture: Mapping[str, Any]) -> str:
+    """A mixture's sources side by side."""
+    rows = "".join(
+        f"<tr><th class=said>{_text(found['recipe'])}</th><td>{found['rows']['read']:,}</td><td>{found['rows']['faulty']:,}</td>"
+        f"<td>{found['duplicates']['rows']['extra']:,}</td><td>{in_benchmarks(found):,}</td>"
+        f"<td>{found['tokens']['all'].get('median', '')}</td></tr>"
+        for found in mixture["sources"]
+    )
+    head = "".join(
+        f"<th>{what}</th>" for what in ("rows", "cannot be used", "again", "in benchmarks", "tokens, median")
+    )
+    lines = [f"{name} was not checked: {why}" for name, why in mixture["not_checked"].items()]
+    lines += map(shared_line, mixture["shared_between_sources"])
+    listed = "".join(f"<li>{_text(line, TEXT)}</li>" for line in lines)
+    return (
+        f"<header><h1>{_text(mixture['recipe'])} <span>checked, {len(mixture['sources'])} sources, one after the other</span></h1>"
+        f"<div class=scroll><table><thead><tr><th class=said>source</th>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+        f"<ul class=advice>{listed}</ul></header>"
     )
 
 
@@ -144,7 +181,9 @@ def _text(value: Any, longest: int = 10_000) -> str:
 def _example(example: Example | None, name: str, album: Album, note: str = "", kind: str = "") -> str:
     """A row's pictures, question and answer."""
     if example is None:
-        return f"<article><div class=words><code>{_text(name)}</code><p>could not be read again</p></div></article>"
+        return (
+            f"<article><div class=words><code>{_text(name, NAME)}</code><p>could not be read again</p></div></article>"
+        )
     asked = "\n".join(text_of(m["content"]) for m in example.messages if m["role"] == "user")
     said = "\n".join(text_of(m["content"]) for m in example.messages if is_trained(m))
     words = f"<p class=question>{_text(asked, TEXT)}</p>" + (
@@ -157,7 +196,7 @@ def _article(name: str, pictures: str, words: str, note: str = "", style: str = 
     tag = f"<span>{_text(note)}</span>" if note else ""
     return (
         f"<article class='{style}'><div class=pictures>{pictures}</div><div class=words><div class=tags>{tag}"
-        f"<code>{_text(name)}</code></div>{words}</div></article>"
+        f"<code>{_text(name, NAME)}</code></div>{words}</div></article>"
     )
 
 
@@ -202,7 +241,8 @@ def _plots(found: Mapping[str, Any]) -> str:
 
 def _counted(found: Mapping[str, Any]) -> str:
     rows = "".join(
-        f"<tr><th class=said>{_text(what)}</th><td>{one['rows']:,}</td><td class=said>{_text(', '.join(one['ids'][:8]), TEXT)}</td></tr>"
+        f"<tr><th class=said>{_text(what)}</th><td>{one['rows']:,}</td>"
+        f"<td class=said>{_text(', '.join(k[:NAME] for k in one['ids'][:8]), TEXT)}</td></tr>"
         for name in ("dropped", "changed", "remarks", "notes")
         for what, one in found[name].items()
     )
@@ -229,7 +269,7 @@ def _faults(found: Mapping[str, Any], rows: _Rows, album: Album) -> str:
 def _faulty(one: Mapping[str, Any], rows: _Rows, album: Album) -> str:
     """A row that cannot be used: why, what it says, and those of its pictures that open."""
     raw = rows.raw.get(one["place"])
-    words = f"<p class=why>{_text(one['message'], TEXT)}</p>"
+    words = f"<p class=why>{_text(message_of(one, TEXT), TEXT)}</p>"
     pictures = ""
     if raw is not None:
         said = "\n".join(
@@ -312,7 +352,7 @@ def _recurring(findings: Findings, rows: _Rows, album: Album) -> str:
     return f"<section><h2>Recurs in the set</h2>{''.join(blocks) or '<p>Nothing.</p>'}</section>"
 
 
-def _contamination(found: Mapping[str, Any], findings: Findings, rows: _Rows, album: Album, data: str | None) -> str:
+def _contamination(found: Mapping[str, Any], findings: Findings, rows: _Rows, album: Album) -> str:
     if not findings.asked:
         return ""
     blocks = []
@@ -323,7 +363,7 @@ def _contamination(found: Mapping[str, Any], findings: Findings, rows: _Rows, al
             f"<h3>{_text(items.name)} <small>{one['contaminated_items']:,} of its {one['items']:,} items are in the set{lost}</small></h3>"
         )
         wanted = {k for what in by_what.values() for row in what[:PAIRS] for k in row.items[:1]}
-        examples = _items(items, wanted, data)
+        examples = _items(items, wanted)
         for what in OVERLAPS:
             pairs = by_what.get(what, [])[:PAIRS]
             shown = "".join(
@@ -343,7 +383,7 @@ def _contamination(found: Mapping[str, Any], findings: Findings, rows: _Rows, al
     return f"<section><h2>Shared with benchmarks</h2>{''.join(blocks)}<ul class=advice>{unread}</ul></section>"
 
 
-def _items(items: Any, wanted: Iterable[int], data: str | None) -> dict[int, Example]:
+def _items(items: Items, wanted: Iterable[int]) -> dict[int, Example]:
     """Items of a benchmark read again."""
     found: dict[int, Example] = {}
     by_split: dict[str, dict[int, int]] = {}
@@ -352,7 +392,7 @@ def _items(items: Any, wanted: Iterable[int], data: str | None) -> dict[int, Exa
     cards = split_cards(read_benchmark(items.card))
     for split, places in by_split.items():
         with suppress(UserError):
-            for place, _, outcome in rows_at(cards[split], data, sorted(places)):
+            for place, _, outcome in rows_at(cards[split], items.data, sorted(places)):
                 if outcome.example is not None:
                     found[places[place]] = outcome.example
     return found

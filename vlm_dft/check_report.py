@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from vlm_dft.checking import Checked
 from vlm_dft.contamination import CONTAMINATED, LOOKS, Items, Overlap, overlaps
-from vlm_dft.recurring import Recurring, recurring
+from vlm_dft.recurring import Recurring, recurring, shared_rows
 
 if TYPE_CHECKING:
     from vlm_dft.config import TrainConfig
@@ -100,6 +100,24 @@ def report(found: Findings) -> dict[str, Any]:
     return {**result, "advice": advice(result)}
 
 
+def mixture_report(
+    card: Mapping[str, Any], every: Sequence[Findings], reports: Sequence[Mapping[str, Any]], not_checked: Mapping[str, str]
+) -> dict[str, Any]:  # fmt: skip
+    """The reports of a mixture's sources together, as --json writes them."""
+    shared = []
+    for one, other in combinations(every, 2):
+        if pairs := shared_rows(one.checked, other.checked):
+            ids = [[one.checked.ids[a], other.checked.ids[b]] for a, b in pairs]
+            shared.append({"sources": [one.card["name"], other.card["name"]], "rows": len(pairs), "ids": ids})
+    return {
+        "recipe": str(card["name"]),
+        "licence": card.get("licence"),
+        "sources": list(reports),
+        "not_checked": dict(not_checked),
+        "shared_between_sources": shared,
+    }
+
+
 def statistics(values: NDArray[Any]) -> dict[str, Any]:
     """Least, median, mean, 95 %, most, sum and a histogram of some numbers."""
     found = values
@@ -131,7 +149,7 @@ def _of_rows(found: Mapping[str, Any]) -> list[str]:
     rows, lines = found["rows"], list[str]()
     if found["stopped"]:
         lines.append(
-            f"Reading stopped after {rows['read']:,} rows: nothing is known of what follows. Mend the file first."
+            f"Reading stopped after {rows['read']:,} rows: nothing is known of what follows. Put that right first."
         )
     if rows["faulty"]:
         lines.append(
@@ -194,11 +212,11 @@ def _of_recurring(found: Mapping[str, Any]) -> list[str]:
     if rows["extra"]:
         lines.append(
             f"{rows['extra'] / max(1, found['rows']['usable']):.1%} of the usable rows ({rows['extra']:,}) ask again what another row asks, "
-            f"with the same pictures: {rows['extra'] + rows['groups']:,} rows for {rows['groups']:,} problems."
+            f"with the same pictures: {rows['extra'] + rows['groups']:,} rows for {rows['groups']:,} problem{'s' * (rows['groups'] != 1)}."
         )
     if rows["answers_differ"]:
         lines.append(
-            f"In {rows['answers_differ']:,} of these {rows['groups']:,} groups the answers differ: look at them."
+            f"The answers differ in {rows['answers_differ']:,} of {rows['groups']:,} such group{'s' * (rows['groups'] != 1)}: look at them."
         )
     return lines
 

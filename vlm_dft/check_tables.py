@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich import box
+from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
@@ -17,8 +18,10 @@ FAULTY, GOOD, SOFT = "bold red", "green", "dim"
 IDS, LONGEST = 4, 200  # ids named in a table, characters of a message
 
 
-def tables(found: Mapping[str, Any]) -> Iterator[Table | Text]:
-    """All of a report, in the order in which it is to be read."""
+def tables(found: Mapping[str, Any], *, titled: bool = False) -> Iterator[Table | Text | Rule]:
+    """All of a report, in the order in which it is to be read. titled: a line before it, where others follow."""
+    if titled:
+        yield Rule(_said(_short(found["recipe"], 60)), align="left")
     yield _headline(found)
     if found["stopped"]:
         yield Text(f"Reading stopped: {printable(found['stopped'])}", style=FAULTY)
@@ -28,7 +31,7 @@ def tables(found: Mapping[str, Any]) -> Iterator[Table | Text]:
             table.add_row(
                 _said(kind),
                 f"{fault['rows']:,}",
-                _said("\n".join(_short(one["message"]) for one in fault["first"][:2])),
+                _said("\n".join(message_of(one, 300) for one in fault["first"][:2])),
             )
         yield table
     yield from _counted(found)
@@ -46,9 +49,53 @@ def tables(found: Mapping[str, Any]) -> Iterator[Table | Text]:
 def _headline(found: Mapping[str, Any]) -> Text:
     rows = found["rows"]
     text = Text().append(printable(found["recipe"]), style="bold")
-    text.append(f": {rows['read']:,} rows read ({printable(found['looked_at'])}), {rows['usable']:,} usable, ")
+    text.append(
+        f": {rows['read']:,} row{'s' * (rows['read'] != 1)} read ({printable(found['looked_at'])}), {rows['usable']:,} usable, "
+    )
     text.append(f"{rows['faulty']:,} cannot be used", style=FAULTY if rows["faulty"] else GOOD)
     return text.append(f", {rows['dropped']:,} dropped by the card" if rows["dropped"] else "")
+
+
+def mixture_tables(mixture: Mapping[str, Any]) -> Iterator[Table | Text | Rule]:
+    """A mixture's sources side by side, after what is said of each."""
+    yield Rule(_said(_short(mixture["recipe"], 60)), align="left")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("source", overflow="fold")
+    for name in ("rows", "faulty", "dropped", "again", "in benchmarks", "tokens", "most"):  # fit 80 columns
+        table.add_column(name, justify="right", min_width=max(map(len, name.split())))
+    for found in mixture["sources"]:
+        rows, tokens, shared = found["rows"], found["tokens"]["all"], in_benchmarks(found)
+        table.add_row(
+            _said(_short(found["recipe"], 60)), f"{rows['read']:,}", Text(f"{rows['faulty']:,}", style=FAULTY if rows["faulty"] else ""),
+            f"{rows['dropped']:,}", f"{found['duplicates']['rows']['extra']:,}", Text(f"{shared:,}", style=FAULTY if shared else ""),
+            *([_number(tokens["median"]), _number(tokens["max"])] if tokens["count"] else ["", ""]),
+        )  # fmt: skip
+    yield table
+    for name, why in mixture["not_checked"].items():
+        yield Text(f"not checked: {printable(name)}: {printable(_short(why, 2 * LONGEST))}", style=FAULTY)
+    for one in mixture["shared_between_sources"]:
+        yield (
+            Text("→ ", style="bold")
+            .append(shared_line(one), style="bold")
+            .append(" Such as " + str(_ids([f"{a} = {b}" for a, b in one["ids"]], longest=LONGEST)) + ".", style=SOFT)
+        )
+
+
+def shared_line(one: Mapping[str, Any]) -> str:
+    """Two sources of a mixture that hold the same rows, in words."""
+    left, right = map(printable, one["sources"])
+    return f"{one['rows']:,} of the rows of {right} that were looked at ask what a row of {left} asks, with the same pictures."
+
+
+def in_benchmarks(found: Mapping[str, Any]) -> int:
+    """Rows that are surely in a benchmark; one in two of them counts twice."""
+    return sum(one["contaminated_rows"] for one in found["contamination"]["benchmarks"].values())
+
+
+def message_of(one: Mapping[str, Any], longest: int) -> str:
+    """A fault's message, whose end is what matters: a long id in it is cut."""
+    name = one["id"]
+    return _short(one["message"].replace(name, _short(name, 100)) if len(name) > 100 else one["message"], longest)
 
 
 def _counted(found: Mapping[str, Any]) -> Iterator[Table]:
@@ -112,7 +159,9 @@ def _duplicates(found: Mapping[str, Any]) -> Iterator[Table | Text]:
             table.add_row(
                 what,
                 f"{count:,} {unit if count > 1 else unit[:-1]}",
-                _ids([" = ".join(group[:3]) for group in found[key]["ids"]]),
+                _ids(
+                    [" = ".join(_short(one, 40) for one in group[:3]) for group in found[key]["ids"]], longest=LONGEST
+                ),
             )
     yield table if table.row_count else Text("recurs in the set: nothing")
 
@@ -124,10 +173,10 @@ def _contamination(found: Mapping[str, Any]) -> Iterator[Table | Text]:
     table = _table("shared with a benchmark", "rows", "row = item")
     for name, one in found["benchmarks"].items():
         for what, rows in one["overlaps"].items():
-            pairs = [f"{pair['row']} = {pair['items'][0]}" for pair in rows["pairs"][:IDS]]
+            pairs = [f"{_short(pair['row'], 40)} = {pair['items'][0]}" for pair in rows["pairs"][:IDS]]
             table.add_row(
                 Text(f"{printable(name)}: {what}", style={LOOKS: "yellow"}.get(what, FAULTY if what in CONTAMINATED else "")), f"{rows['rows']:,}",
-                _ids(pairs, rows["rows"]),
+                _ids(pairs, rows["rows"], longest=LONGEST),
             )  # fmt: skip
     if table.row_count:
         yield table
@@ -183,10 +232,10 @@ def _said(text: str) -> Text:
     return Text(printable(text))
 
 
-def _ids(ids: Sequence[str], count: int | None = None) -> Text:
+def _ids(ids: Sequence[str], count: int | None = None, longest: int = 40) -> Text:
     count = len(ids) if count is None else count
     return _said(
-        ", ".join(_short(one, 40) for one in ids[:IDS]) + (f" and {count - IDS:,} more" if count > IDS else "")
+        ", ".join(_short(one, longest) for one in ids[:IDS]) + (f" and {count - IDS:,} more" if count > IDS else "")
     )
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm_dft.chat import Example, is_trained, text_of
-from vlm_dft.duplicates import Print, Prints, print_of, question_key, question_keys
+from vlm_dft.duplicates import Print, Prints, line_keys, print_of, question_key, question_keys
 from vlm_dft.errors import HIDDEN, CardError, RowError, UserError
 from vlm_dft.examining import Examined, examine
 from vlm_dft.media import open_image
@@ -69,6 +69,7 @@ class RowFacts:
     non_ascii: int
     scripts: tuple[str, ...]  # of the letters, by their Unicode names
     remarks: tuple[str, ...]
+    lines: tuple[int, ...] = ()  # of each line of the questions: an item of a benchmark may stand between instructions
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +95,7 @@ class LookAt:
         scripts = tuple(sorted({_script(letter) for letter in set(text)} - {""}))
         return RowFacts(
             pictures, question_key("\n".join(asked)), question_keys(asked), question_key("\n".join(answers)),
-            len(text), non_ascii, scripts, tuple(remarks),
+            len(text), non_ascii, scripts, tuple(remarks), line_keys(asked),
         )  # fmt: skip
 
 
@@ -200,7 +201,7 @@ class Checked:
         self.places.append(found.place)
         self.questions.append(facts.question)
         self.answers.append(facts.answer)
-        self.keys.append(facts.keys)
+        self.keys.append(tuple(dict.fromkeys((*facts.keys, *facts.lines))))
         if found.measured is not None:
             self.tokens.append(found.measured.tokens)
             self.media.append(found.measured.media)

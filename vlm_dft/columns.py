@@ -16,7 +16,12 @@ from vlm_dft.errors import CardError, RowError
 def columns_of(template: object, *, where: str) -> list[str]:
     """The columns that a template names. Raises CardError for anything in braces that is not a column's plain name."""
     if not isinstance(template, str):
-        raise CardError(f"{where}: expected a text with {{columns}} in it, found {template!r}.")
+        quoted = (
+            f' A text that begins with a brace needs quotes: "{{{next(iter(template))}}}".'
+            if isinstance(template, dict) and template
+            else ""
+        )
+        raise CardError(f"{where}: expected a text with {{columns}} in it, found {template!r}.{quoted}")
     return [column for _, column in _pieces(template, where) if column is not None]
 
 

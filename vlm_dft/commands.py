@@ -33,8 +33,8 @@ def add_settings(command: argparse.ArgumentParser) -> None:
         command.add_argument(*dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name}")), dest=name, help=text)
 
 
-def model_and_recipe(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
-    """The resolved config and the recipe's card, every name looked up. Raises a UserError; nothing is loaded."""
+def model_and_recipe(arguments: argparse.Namespace, *, places: bool = True) -> tuple[Any, dict[str, Any]]:
+    """The resolved config and the recipe's card, every name looked up, and every file with `places`. Raises a UserError; nothing is loaded."""
     from vlm_dft.config import recipe_layer, resolve_config
     from vlm_dft.locate import resolve_model
     from vlm_dft.recipes import check_places, read_recipe
@@ -44,7 +44,8 @@ def model_and_recipe(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]
     config = resolve_config((f"recipe {arguments.recipe!r}", recipe_layer(arguments.recipe)), ("command line", words))
     card = read_recipe(config.recipe)
     resolve_model(config.model)
-    check_places(card, config.data)
+    if places:
+        check_places(card, config.data)
     return config, card
 
 
@@ -70,8 +71,9 @@ def list_kind(arguments: argparse.Namespace) -> int:
         }
         for name, path in list_cards(arguments.kind).items()
     ]
+    width = max(len(card["name"]) for card in found)
     for card in found:
-        print(f"{card['name']:<16} {card['description'].strip()}  [{card['licence']}]")
+        print(f"{card['name']:<{width}} {card['description'].strip()}  [{card['licence']}]")
     if arguments.json:
         from vlm_dft.runs import write_json
 

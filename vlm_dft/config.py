@@ -218,6 +218,10 @@ def read_config_file(path: str) -> dict[str, Any]:
         raise ConfigError(f"{path}: not valid YAML ({error}).") from error
     if not isinstance(loaded, dict):
         raise ConfigError(f"{path}: expected a mapping of settings, found {type(loaded).__name__}.")
+    if "licence" in loaded and ("source" in loaded or "mixture" in loaded):
+        raise ConfigError(
+            f"{path} is a recipe card, expected a YAML file of settings. Train on it with --recipe {path}."
+        )
     return loaded
 
 

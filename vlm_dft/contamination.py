@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -29,6 +30,7 @@ class Items:
 
     name: str
     card: str  # the name or path that its card was found by
+    data: str | None = None  # the folder that it was read from
     ids: list[tuple[str, str]] = field(default_factory=list)  # (split, id)
     places: list[int] = field(default_factory=list)  # in the split's files
     keys: list[tuple[int, ...]] = field(default_factory=list)
@@ -60,7 +62,7 @@ def split_cards(card: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def read_items(name: str, data: str | None, *, access: MediaAccess, workers: int = 0) -> Items:
     """What is needed to know a benchmark's items again. Raises a UserError where the card or its files cannot be read."""
     card = read_benchmark(name)
-    items = Items(str(card["name"]), name)
+    items = Items(str(card["name"]), name, data)
     for split, recipe in split_cards(card).items():
         for found in examine(recipe, data, facts=LookAt(access), workers=workers):
             outcome, facts = found.outcome, found.facts
@@ -78,33 +80,51 @@ def read_items(name: str, data: str | None, *, access: MediaAccess, workers: int
 
 def reachable(
     names: Sequence[str] | None,
-    data: str | None,
-    *,
+    *folders: str | None,
     access: MediaAccess,
     workers: int = 0,
     reading: Callable[[str], Any] = lambda name: None,
 ) -> tuple[list[Items], dict[str, str]]:
     """(the benchmarks that can be read, name -> why another cannot). names: those asked for, which must be; None: every card.
 
+    folders: where their files may be; a benchmark is read from the first that holds it.
+
     One on a hub is downloaded only where it is asked for.
     """
     found, unread = [], {}
     for name in list_cards("benchmark") if names is None else names:
         try:
-            sources = read_benchmark(name)["splits"].values()
-            if names is None and any("hub" in source for source in sources):
+            if names is None and any("hub" in source for source in read_benchmark(name)["splits"].values()):
                 raise CardError(f"it is on a hub. --against {name} downloads it.")
             reading(name)
-            items = read_items(name, data, access=access, workers=workers)
-            if not items.ids:
-                raise CardError(f"none of its {len(items.unreadable)} items can be read: {items.unreadable[:1]}")
-            found.append(items)
+            found.append(_read_from(folders, name, access, workers))
         except UserError as error:
             if names is not None:
-                hint = "" if data else " Say where its files are: --benchmark-data DIR."
-                raise UserError(f"--against {name}: {error}{hint}") from error
-            unread[name] = str(error)
+                said = _said(error)
+                hint = "" if "--benchmark-data" in said else " Say where its files are: --benchmark-data DIR."
+                raise UserError(f"--against {name}: {said}{hint}") from error
+            unread[name] = _said(error)
     return found, unread
+
+
+def _said(error: UserError) -> str:
+    """What reading says of a recipe, as it is to be said of a benchmark."""
+    return re.sub(r"^Recipe '", "Benchmark '", str(error)).replace("--data DIR (or DATA=DIR)", "--benchmark-data DIR")
+
+
+def _read_from(folders: Sequence[str | None], name: str, access: MediaAccess, workers: int) -> Items:
+    """A benchmark from the first folder that holds it. Raises the first folder's UserError where none does."""
+    first: UserError | None = None
+    for folder in folders or (None,):
+        try:
+            items = read_items(name, folder, access=access, workers=workers)
+            if items.ids:
+                return items
+            raise CardError(f"none of its {len(items.unreadable)} items can be read: {items.unreadable[:1]}")
+        except UserError as error:
+            first = first or error
+    assert first is not None, "a folder was tried"
+    raise first
 
 
 def overlaps(checked: Checked, items: Items) -> dict[str, list[Overlap]]:

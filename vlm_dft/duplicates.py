@@ -31,6 +31,7 @@ MARKERS = re.compile(r"<\s*(image|video|img|ImageHere)\s*_?\d*\s*/?>|<\|[\w ]{1,
 LABELS = re.compile(r"\s*(question|q|problem)\s*[:：]\s*", re.IGNORECASE)
 HINTS = re.compile(r"\s*(hint|context)\s*[:：]", re.IGNORECASE)
 OPTIONS = re.compile(r"\s*((options|choices)\s*[:：]|\(?A[).:：]\s*\S)", re.IGNORECASE)
+LINES, WORDS = 16, 4  # lines of a text that are looked at, words of one that says something
 KEPT = set("%*/-")  # what would change a calculation
 
 
@@ -203,6 +204,13 @@ def question_core(text: str) -> str:
 def question_keys(texts: Iterable[str]) -> tuple[int, ...]:
     """The keys by which a question is known again: of each text, and of each without hint and options."""
     found = [question_key(form) for text in texts for form in (text, question_core(text))]
+    return tuple(dict.fromkeys(key for key in found if key is not None))
+
+
+def line_keys(texts: Iterable[str]) -> tuple[int, ...]:
+    """The keys of single lines with some words: a question is known again between instructions on lines of their own."""
+    lines = [line for text in texts for line in text.split("\n", LINES)[:LINES] if line.strip() != text.strip()]
+    found = [question_key(LABELS.sub("", line, count=1)) for line in lines if len(line.split(None, WORDS)) >= WORDS]
     return tuple(dict.fromkeys(key for key in found if key is not None))
 
 

@@ -57,7 +57,7 @@ NEEDS = (  # (a key, the one that it needs, why)
 def check_recipe(card: Mapping[str, Any], *, where: str) -> None:
     """Raise CardError for the first thing that a card of one source cannot say."""
     if not isinstance(card["source"], Mapping):
-        raise CardError(f"{where}: source must be a mapping, found {card['source']!r}.")
+        raise CardError(f"{where}: source must be a mapping, such as {{files: [rows.json]}}, found {card['source']!r}.")
     for key, others, why in CONTRADICTIONS:
         if clash := [other for other in others if key in card and other in card]:
             raise CardError(f"{where}: {why}. Found {key} and {', '.join(clash)}.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,10 +11,10 @@ from typing import Any
 
 from vlm_dft.accounting import Accounting, Faults
 from vlm_dft.archives import image_folder
-from vlm_dft.cards import find_card, nearest, read_card
+from vlm_dft.cards import find_card, list_cards, nearest, read_card
 from vlm_dft.chat import Example, unroll
 from vlm_dft.errors import CardError, RowError
-from vlm_dft.hub_sets import beside_pictures
+from vlm_dft.hub_sets import DATA, beside_pictures
 from vlm_dft.mixture_cards import check_row_rules, is_mixture_file, read_mixture, sources_in
 from vlm_dft.prepared import is_prepared, open_prepared, prepared_card
 from vlm_dft.recipe_cards import OPTIONAL, REQUIRED, check_recipe
@@ -64,6 +65,7 @@ def read_recipe(name: str, within: Sequence[Path] = ()) -> dict[str, Any]:
         }
     if is_prepared(name):
         return prepared_card(name)
+    _check_is_card(name)
     if is_mixture_file(find_card("recipe", name)):
         return read_mixture(name, read_recipe, within)
     card = read_card("recipe", name, required=REQUIRED, optional=OPTIONAL)
@@ -89,6 +91,27 @@ def _stored_card(card: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     if "://" not in place and is_prepared(folder / place):
         place = str(folder / place)
     return {**prepared_card(place), **card, "source": {"prepared": place}}
+
+
+def _check_is_card(name: str) -> None:
+    """Refuse a folder or a file of data where a card is expected, and say the card that would do. Raises CardError."""
+    path = Path(name).expanduser()
+    if any(path.glob(".preparing*")):
+        open_prepared(name)  # says that it was begun and not ended
+    if path.is_dir() and name not in list_cards("recipe"):
+        inside = (Path(folder) / file for folder, _, files in os.walk(path) for file in sorted(files))
+        first = next((file for file in inside if file.suffix in DATA), None)
+        files = "..." if first is None else str(first.relative_to(path).with_name(f"*{first.suffix}"))
+        what = "a folder"
+    elif path.is_file() and path.suffix not in (".yaml", ".yml"):
+        what, files, path = "a file of data", path.name, path.parent
+    else:
+        return
+    raise CardError(
+        f"{name!r} is {what}, not a recipe. Write a card, a file such as own.yaml, with three lines:\n  description: ...\n  licence: ...\n"
+        f'  source: {{files: ["{files}"]}}\nand give own.yaml as the recipe, with --data {path} (or DATA={path}). '
+        "data_recipes/README.md says what else a card can say."
+    )
 
 
 def recipe_root(card: Mapping[str, Any], data: str | None) -> Path | None:

@@ -37,14 +37,7 @@ class Recurring:
 
 def recurring(checked: Checked) -> Recurring:
     """What recurs among the rows. Rows of one place (an unrolled conversation) are not duplicates of each other."""
-    pictures: dict[int, list[bytes]] = {}
-    for row, exact in zip(checked.prints.rows, checked.prints.exact, strict=True):
-        pictures.setdefault(row, []).append(exact)
-    whole = [  # a row that says nothing but its number is like no other
-        (row if question is None else question, *sorted(pictures.get(row, [])))
-        for row, question in enumerate(checked.questions)
-    ]
-    rows = _apart(same_keys(whole), checked)
+    rows = _apart(same_keys(_row_keys(checked)), checked)
     differ = sum(len({checked.answers[row] for row in group}) > 1 for group in rows)
     again = {row for group in rows for row in group[1:]}
     shared = _apart(
@@ -71,6 +64,27 @@ def recurring(checked: Checked) -> Recurring:
         rows, differ, alike, seen[True], [g for g in shared if len(g) > 1], looks, seen[False],
         [g for g in asked if len(g) > 1],
     )  # fmt: skip
+
+
+def shared_rows(one: Checked, other: Checked) -> list[tuple[int, int]]:
+    """(row of one, row of the other) for each row of the other that asks what a row of one asks, with the same pictures."""
+    first: dict[tuple[int | bytes, ...], int] = {}
+    for row, key in enumerate(_row_keys(one)):
+        if one.questions[row] is not None:
+            first.setdefault(key, row)
+    pairs = [(first.get(key), row) for row, key in enumerate(_row_keys(other)) if other.questions[row] is not None]
+    return [(mine, theirs) for mine, theirs in pairs if mine is not None]
+
+
+def _row_keys(checked: Checked) -> list[tuple[int | bytes, ...]]:
+    """What a row asks: the key of its question and its pictures. A row that says nothing but its number is like no other."""
+    pictures: dict[int, list[bytes]] = {}
+    for row, exact in zip(checked.prints.rows, checked.prints.exact, strict=True):
+        pictures.setdefault(row, []).append(exact)
+    return [
+        (row if question is None else question, *sorted(pictures.get(row, [])))
+        for row, question in enumerate(checked.questions)
+    ]
 
 
 def _by_question(checked: Checked) -> list[list[int]]:

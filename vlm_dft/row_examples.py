@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vlm_dft.chat import Example, Message, as_example, is_trained
+from vlm_dft.chat import Example, Message, as_example, is_picture, is_trained
 from vlm_dft.columns import columns_of, fill, is_nan
 from vlm_dft.errors import RowError
 from vlm_dft.filters import why_dropped
@@ -49,6 +49,7 @@ def made_of(card: Mapping[str, Any], row: Mapping[str, Any], root: Path | None) 
         tools, option = tools_of(row.get("tools"), where), {}
     images = [fill(card["image"], row, where=where)] if "image" in card else media_of(card, row, "image", where=where)
     videos = media_of(card, row, "video", where=where)
+    _check_pictures_used(card, row, where)
     if not images and not videos:
         _check_unread(card, row, where)
     messages = [joined_texts(message) for message in messages]
@@ -88,19 +89,19 @@ def made_of(card: Mapping[str, Any], row: Mapping[str, Any], root: Path | None) 
 
 
 def _check_unread(card: Mapping[str, Any], row: Mapping[str, Any], where: str) -> None:
-    """Refuse a row whose one file is in a column that the card does not read: a webdataset's .jpg, or its .png among .jpg."""
-    if "image" in card or ("images" in card and (card["images"] is None or card["images"] in row)):
+    """Refuse a row whose one file is in another column than the card's `images`: a webdataset's .jpg among .png."""
+    if "image" in card or not card.get("images") or card["images"] in row:
         return
     read = {card.get("videos"), *(column for columns in MEDIA_COLUMNS.values() for column in columns)}
     held = [c for c, value in row.items() if c not in read and isinstance(value, Mapping) and value.get("bytes")]
     if not held:
         return
-    if column := card.get("images"):
-        what = f"no column {column!r} of images, but a file in {held[0]!r}. For rows of either kind mix two copies of the card, each "
-        what += f"with its `images` and keep: {{{column}: {{empty: false}}}}"
-    else:
-        what = f"a file in column {held[0]!r}, which the card does not read. Say `images: {held[0]}`, or `images: null` to leave it"
-    raise RowError(f"{where}: {what}.", "a file in a column that the card does not read")
+    column = card["images"]
+    raise RowError(
+        f"{where}: no column {column!r} of images, but a file in {held[0]!r}. For rows of either kind mix two copies of the card, each with its "
+        f"`images` and keep: {{{column}: {{empty: false}}}}.",
+        "a file in a column that the card does not read",
+    )
 
 
 def _check_free(card: Mapping[str, Any], row: Mapping[str, Any], where: str) -> None:
@@ -113,6 +114,29 @@ def _check_free(card: Mapping[str, Any], row: Mapping[str, Any], where: str) -> 
                 f"(keep: {{{card['options']}: {{empty: false}}}}), or say answer: {{free: ..., choice: ...}}.",
                 "no options",
             )
+
+
+def _check_pictures_used(card: Mapping[str, Any], row: Mapping[str, Any], where: str) -> None:
+    """Refuse a row with a column that looks like a picture which nothing uses, where the card says nothing of pictures.
+
+    Beside a column of ours, such as MathVista's `image` (a path) beside `decoded_image`, only embedded ones count.
+    """
+    if {"image", "images", "videos"} & set(card):
+        return
+    ours = [name for names in MEDIA_COLUMNS.values() for name in names if name in row]
+    for name, value in row.items():
+        if name == "id" or name in ours or not is_picture(value) or (ours and not isinstance(value, Mapping)):
+            continue
+        if ours:
+            raise RowError(
+                f"{where}: columns {ours[0]!r} and {name!r} both hold pictures. Say `images: {name}` or `images: {ours[0]}` in a card.",
+                "two columns of pictures",
+            )
+        raise RowError(
+            f"{where}: column {name!r} holds a picture that nothing uses. Say `images: {name}` in a card, or `images: null` if it is "
+            "not to be shown.",
+            "a column of pictures is not used",
+        )
 
 
 def filtered(card: Mapping[str, Any], row: Mapping[str, Any]) -> str:

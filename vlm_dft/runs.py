@@ -186,7 +186,7 @@ def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        aside.write_text(text, encoding="utf-8")
+        aside.write_text(text, encoding="utf-8", errors="backslashreplace")  # half a surrogate pair: an escape of JSON
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
