@@ -535,7 +535,7 @@ def test_a_picture_in_another_column_than_the_cards_is_not_left_out_in_silence(t
     assert second.example is not None  # of text alone
     unsaid = {**OWN, "source": {"files": ["x.tar"]}}
     first = next(outcomes(card(tmp_path, **unsaid), str(tmp_path)))
-    assert first.error is not None and "a file in column 'jpg', which the card does not read. Say `images: jpg`" in str(
+    assert first.error is not None and "column 'jpg' holds a picture that nothing uses. Say `images: jpg`" in str(
         first.error
     )
     assert next(outcomes(card(tmp_path, **unsaid, images=None), str(tmp_path))).example is not None

@@ -122,7 +122,13 @@ class Prepared(Sequence[Example]):
             name: total[kind] / count
             for name, kind in (("tokens", "all"), ("media", "media"), ("response", "response"))
         }
-        return {"sample": count, **means, "longest": int(self._tokens.max()), "most_media": self._most_media}
+        return {
+            "sample": count,
+            "looked_at": count,
+            **means,
+            "longest": int(self._tokens.max()),
+            "most_media": self._most_media,
+        }
 
     @property
     def sources(self) -> list[str]:
