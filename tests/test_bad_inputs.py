@@ -417,8 +417,8 @@ def test_training_refuses_an_odd_line_by_name(
 
 def test_a_file_that_is_not_utf_8_or_empty_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for content, message in (
-        (b"", "chats.jsonl is empty"), (b"\n\n", "chats.jsonl is empty"), (b'{"a": "\xff"}', "chats.jsonl: expected UTF-8 text"),
-        (json.dumps(talk()).encode("utf-16"), "expected UTF-8 text"), (b"\0\0", "neither JSON"), (b"[]", "has no rows"),
+        (b"", "chats.jsonl is empty"), (b"\n\n", "chats.jsonl is empty"), (b'{"a": "\xff"}', "chats.jsonl, line 1: expected UTF-8 text"),
+        (json.dumps(talk()).encode("utf-16"), "expected UTF-8 text"), (b"\0\0", "null bytes"), (b"[]", "has no rows"),
     ):  # fmt: skip
         (tmp_path / "chats.jsonl").write_bytes(content)
         assert train(tmp_path / "chats.jsonl", tmp_path / "run") == 2

@@ -68,7 +68,7 @@ def test_unit_and_options_are_appended_where_a_row_has_them() -> None:
     assert prompt_text(card, {"q": "So?", "u": "", "c": ["yes", "no"]}, where="w") == "So?\nOptions: (A) yes (B) no"
     placed = {"prompt": "{options} {q}", "options": "c"}
     assert prompt_text(placed, {"q": "So?", "c": ["yes", "no"]}, where="w") == "(A) yes (B) no So?"
-    with pytest.raises(RowError, match=r"row 7: expected a list of at most 26 choices, found 'yes'"):
+    with pytest.raises(RowError, match=r"row 7: expected a list of at most 26 choices, or its JSON text, found 'yes'"):
         prompt_text(card, {"q": "So?", "u": "", "c": "yes"}, where="row 7")
     with pytest.raises(RowError, match=r"row 7: no column 'c' \(options\)"):
         prompt_text(card, {"q": "So?", "u": ""}, where="row 7")

@@ -1,8 +1,10 @@
 """Settings: later layers win, and what is unknown, mistyped or contradictory is refused before anything is loaded."""
 
+from pathlib import Path
+
 import pytest
 
-from vlm_dft.config import TrainConfig, resolve_config, training_arguments
+from vlm_dft.config import TrainConfig, read_config_file, resolve_config, training_arguments
 from vlm_dft.errors import ConfigError
 
 
@@ -164,3 +166,22 @@ def test_what_a_card_adds_can_be_switched_off() -> None:
     off = {"kl": "0", "full_weight": "none", "source_objectives": "none"}
     config = resolve_config(("recipe 'x'", card), ("command line", off))
     assert config.loss == {"full_weight": []} and config.collator == {"source_objectives": {}}
+
+
+def test_what_is_said_of_rows_is_a_group_with_flat_names() -> None:
+    config = resolve(limit="100", bad_rows="drop", workers="3")
+    assert config.rows == {"limit": 100, "bad_rows": "drop", "workers": 3} and config.limit == 100
+    assert resolve(rows={"limit": 5}).limit == 5 and resolve().limit is None
+    with pytest.raises(ConfigError, match="unknown setting 'bad_row' of rows. Did you mean 'bad_rows'?"):
+        resolve(rows={"bad_row": "drop"})
+    for value in (0, -1, "many"):
+        with pytest.raises(ConfigError, match="limit must be a whole number above 0"):
+            resolve(limit=value)
+
+
+def test_a_recipe_card_in_place_of_settings_is_met_with_the_flag(tmp_path: Path) -> None:
+    card = tmp_path / "own.yaml"
+    for what in ("source: {files: [rows.csv]}", "mixture: [{recipe: drawn}]"):
+        card.write_text(f"description: x\nlicence: y\n{what}\n")
+        with pytest.raises(ConfigError, match="is a recipe card, .* Train on it with --recipe"):
+            read_config_file(str(card))

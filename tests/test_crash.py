@@ -127,3 +127,42 @@ def test_two_processes_that_are_told_to_stop_save_the_same_step(tmp_path: Path) 
     assert logged(run) == logged(whole)
     final = "checkpoint-10/model.safetensors"
     assert (run / final).read_bytes() == (whole / final).read_bytes()
+
+
+@pytest.mark.parametrize("order", ["shuffled", "curriculum"])
+def test_a_mixture_that_was_killed_goes_on_with_the_rows_that_it_had_not_seen_and_a_changed_one_is_refused(
+    tmp_path: Path, order: str
+) -> None:
+    card, whole, run = tmp_path / "mixed.yaml", tmp_path / "whole", tmp_path / "run"
+    text = f"{{description: d, licence: mine, order: {order}, mixture: [{{recipe: drawn, cap: 24}}, {{recipe: drawn_new, repeat: 0.5}}]}}"
+    card.write_text(text)
+    words = (
+        "--recipe",
+        str(card),
+        "--benchmark",
+        "none",
+        "--save_steps",
+        "1",
+        "--logging_steps",
+        "1",
+        "--workers",
+        "1",
+    )
+    assert ended(train(whole, *words))[0] == 0
+    running = train(run, *words)
+    wait_for(lambda: len(logged(run)) >= 3, running)
+    os.killpg(running.pid, signal.SIGKILL)
+    running.communicate()
+    last, _ = newest_whole(run)
+    assert last is not None and 2 <= int(last.name.rpartition("-")[2]) < 12
+    card.write_text(text.replace("cap: 24", "cap: 23"))
+    status, said = ended(train(run, *words))
+    assert status == 2 and "was begun on other rows (fingerprint" in said
+    card.write_text(text)
+    assert ended(train(run, *words, "--workers", "0"))[0] == 0
+    assert logged(run) == logged(whole)
+    final = sorted(whole.glob("checkpoint-*"))[-1].name + "/model.safetensors"
+    assert (run / final).read_bytes() == (whole / final).read_bytes()
+    if order == "curriculum":
+        epochs = [row for row in logged(run) if "source/drawn/tokens" in row or "source/drawn/mean_p" in row]
+        assert epochs and len(epochs) < len(logged(run))  # its rows come first, and then no more in the epoch

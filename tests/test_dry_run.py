@@ -141,3 +141,105 @@ def test_evaluation_while_training_without_a_benchmark_is_refused(capsys: pytest
 def test_numbers_that_cannot_be_written_are_refused_first(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--dry-run", "--json", "/nowhere/x.json"]) == 2
     assert "--json '/nowhere/x.json': expected the name of a file" in capsys.readouterr().err
+
+
+def test_a_mixture_is_shown_with_rows_and_shares_before_anything_is_read_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Answers of 1 and of 3 words; half the response tokens each: three times as many rows of the short ones, near enough."""
+    for name, answer, count in (("short", "Two.", 90), ("long", "One. One. One. One. One. One.", 90)):
+        row = {"messages": [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": answer}]}
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({**row, "id": k}) + "\n" for k in range(count)))
+    card = tmp_path / "mixed.yaml"
+    entry = "{recipe: %s.jsonl, share: 0.5}"
+    card.write_text(f"{{description: d, licence: x, mixture: [{entry % 'short'}, {entry % 'long'}]}}")
+    found, out = look(tmp_path, capsys, "--recipe", str(card), "--data", str(tmp_path), "--batch_size", "10")
+    short, long = found["mixture"]
+    assert (short["name"], short["rows"], short["examples"]) == ("short", 90, 90) and 0 < long["examples"] < 45
+    assert short["response"] == pytest.approx(long["response"], abs=long["response"] / long["examples"])
+    assert found["rows"] == 90 + long["examples"] and found["steps"] == -(-found["rows"] // 10)
+    assert "# mixture, shuffled:" in out and f"#   long: {long['examples']} examples of 90 rows, about" in out
+    limited, _ = look(tmp_path, capsys, "--recipe", str(card), "--data", str(tmp_path), "--limit", "30")
+    assert [one["rows"] for one in limited["mixture"]] == [30, 30]
+
+
+def test_a_mixture_of_a_set_on_the_hub_says_what_it_cannot_know(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found, out = look(tmp_path, capsys, "--recipe", "visual_math_mixture")
+    assert found["rows"] is None and "mixture" not in found and "# tokens: not estimated, " in out
+    assert "# mixture, shuffled: tabmwp, wethink" in out
+
+
+def test_a_dry_run_measures_the_rows_that_would_be_trained_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Filtered rows are not measured; bad ones end it only where training would refuse them too."""
+    rows = [{"q": "How many?", "a": "Two."}, {"q": "filtered", "a": "word " * 500}, {"q": "How many?", "a": None}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "half a {line\n")
+    card = tmp_path / "card.yaml"
+    text = 'description: d\nlicence: l\nsource: {files: [rows.jsonl]}\nprompt: "{q}"\nresponse: "{a}"\nkeep: {q: "How many?"}\n'
+    card.write_text(text)
+    words = ("--recipe", str(card), "--data", str(tmp_path))
+    assert main(["train", *words, "--dry-run"]) == 2
+    assert "card row 2: column 'a' is null" in capsys.readouterr().err
+    for more, said in ((("--bad_rows", "drop"), text), ((), text + "bad_rows: drop\n")):
+        card.write_text(said)
+        found, out = look(tmp_path, capsys, *words, *more)
+        tokens = found["tokens"]
+        assert (tokens["sample"], tokens["looked_at"]) == (1, 4) and tokens["longest"] < 100
+        assert "estimated from 1 rows; the longest of them has" in out and "3 of 4 rows looked at are not used" in out
+    card.write_text(text.replace("How many?", "x") + "bad_rows: drop\n")
+    found, _ = look(tmp_path, capsys, *words)
+    assert found["tokens"] == {"why": "none of the first 4 rows is used: filtered: q is not 'x'"}
+
+
+def test_rows_of_a_hub_set_are_measured_where_a_copy_of_them_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    card = tmp_path / "card.yaml"
+    card.write_text('description: d\nlicence: l\nsource: {hub: own/set}\nprompt: "{q}"\nresponse: "{a}"\n')
+    data = tmp_path / "data"
+    data.mkdir()
+    words = ("--recipe", str(card), "--data", str(data))
+    assert look(tmp_path, capsys, *words)[0]["tokens"] == {"why": "the rows are on the hub"}
+    (data / "train.jsonl").write_text('{"q": "How many?", "a": "Two."}\n' * 3)
+    found, _ = look(tmp_path, capsys, *words)
+    assert (found["rows"], found["tokens"]["sample"]) == (3, 3)
+
+
+def test_a_prepared_set_says_what_all_its_rows_measure_and_rows_that_are_dropped_are_not_in_the_way(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "One. "}]
+    rows = [{"id": str(k), "messages": [said[0], {**said[1], "content": "One. " * (k % 9)}]} for k in range(90)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))  # the first has no answer
+    card = "description: d\nlicence: l\nsource: {files: [rows.jsonl]}\nbad_rows: drop\n"
+    (tmp_path / "own.yaml").write_text(card)
+    words = ["--data", str(tmp_path), "--recipe"]
+    found, _ = look(tmp_path, capsys, *words, str(tmp_path / "own.yaml"))
+    assert found["tokens"]["sample"] == 32 < found["tokens"]["looked_at"]
+    out = str(tmp_path / "set")
+    file = tmp_path / "made.json"
+    assert (
+        main(
+            [
+                "recipes",
+                "prepare",
+                str(tmp_path / "own.yaml"),
+                "--data",
+                str(tmp_path),
+                "--output",
+                out,
+                "--json",
+                str(file),
+            ]
+        )
+        == 0
+    )
+    capsys.readouterr()
+    made = json.loads(file.read_text())
+    found, text = look(tmp_path, capsys, "--recipe", out)
+    assert found["tokens"]["sample"] == found["rows"] == made["rows"] == 80 and "estimated from 80 rows" in text
+    assert found["tokens"]["response"] == made["accounting"]["tokens"]["response"] / 80
+    assert found["tokens"]["longest"] > found["tokens"]["tokens"] and found["tokens"]["most_media"] == 0

@@ -19,9 +19,9 @@ from vlm_dft import ChatCollator, Example, MaskError
 from vlm_dft.chat import unroll
 from vlm_dft.cli import main
 from vlm_dft.errors import RowError
+from vlm_dft.gathering import Gathered, gather
 from vlm_dft.models import load_processor
-from vlm_dft.pipeline import keep_fitting
-from vlm_dft.recipes import Accounting, load_recipe, read_recipe
+from vlm_dft.recipes import load_recipe, read_recipe
 
 torch.set_num_threads(1)
 FAMILIES = ("tiny", "glm4v", "lfm2_vl", "pixtral", "llava", "internvl", "idefics3")
@@ -436,42 +436,51 @@ def test_shortened_rows_are_padded_on_the_side_that_is_asked_for(side: Any) -> N
 # Through the front door
 
 
-def examples_of(*rows: Row) -> list[Example]:
-    return [
-        Example(row["messages"], row.get("images", []), id=f"id{k}", source="set", videos=row.get("videos", []))
-        for k, row in enumerate(rows)
-    ]
+def gathered(folder: Path, rows: list[Row], collator: ChatCollator) -> Gathered:
+    """Rows with pictures of their own, through a file of JSON lines."""
+    lines = []
+    for k, row in enumerate(rows):
+        names = [f"{k}-{i}.png" for i in range(len(row.get("images", [])))]
+        for name, image in zip(names, row.get("images", []), strict=True):
+            image.save(folder / name)
+        lines.append(json.dumps({**row, "images": names, "id": f"id{k}"}) + "\n")
+    (folder / "set.jsonl").write_text("".join(lines))
+    return gather(read_recipe(str(folder / "set.jsonl")), None, collator)
 
 
 @pytest.mark.parametrize("family", ["tiny", "lfm2_vl", "llava"])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_the_account_is_what_collating_the_kept_rows_gives(family: str, policy: str) -> None:
+def test_the_account_is_what_collating_the_kept_rows_gives(family: str, policy: str, tmp_path: Path) -> None:
     plain = ChatCollator(processor_of(family))
-    rows = examples_of(text_only("A."), one_image("B."), one_image(), text_only(WORDS * 4), one_image(WORDS * 9))
-    limit = plain.measure(rows[2]).tokens - 3
-    collator = limited(family, limit, policy)
-    account = Accounting("set", read=len(rows))
-    kept = keep_fitting(rows, account, collator)
-    dropped = [i for ids in account.dropped.values() for i in ids]
+    rows = [text_only("A."), one_image("B."), one_image(), text_only(WORDS * 4), one_image(WORDS * 9)]
+    limit = plain.measure(plain_example(rows[2])).tokens - 3
+    found = gathered(tmp_path, rows, limited(family, limit, policy))
+    (account,), kept = found.accounts, list(found.examples)
+    dropped = [i for rows in account.dropped.values() for i in rows.ids]
     assert account.used == len(kept) and account.read == account.used + len(dropped)
     assert sorted([*dropped, *(example.id for example in kept)]) == ["id0", "id1", "id2", "id3", "id4"]
-    changed = [i for ids in account.changed.values() for i in ids]
+    changed = [i for rows in account.changed.values() for i in rows.ids]
     assert len(set(changed)) == len(changed) and set(changed) <= {example.id for example in kept}
     fresh = limited(family, limit, policy)
     batches = [fresh([example]) for example in kept]
-    assert account.lengths == [len(tokens_of(batch)) for batch in batches]
-    assert account.tokens["all"] == sum(account.lengths)
+    assert found.lengths == [len(tokens_of(batch)) for batch in batches]
+    assert account.tokens["all"] == sum(found.lengths)
     assert account.tokens["response"] == sum(len(targets_of(batch)) for batch in batches)
+    assert account.tokens["text"] + account.tokens["media"] == account.tokens["all"]
     assert max(len(tokens_of(batch)) for batch in batches) <= limit
 
 
-def test_the_account_names_every_row_that_was_changed_or_dropped() -> None:
+def plain_example(row: Row) -> Example:
+    return Example(row["messages"], row.get("images", []))
+
+
+def test_the_account_names_every_row_that_was_changed_or_dropped(tmp_path: Path) -> None:
     plain = ChatCollator(processor_of("tiny"))
-    rows = examples_of(text_only("A."), text_only(), one_image("B."), text_only())
-    limit = plain.measure(rows[1]).before + 4
-    account = Accounting("set", read=4)
-    kept = keep_fitting(rows, account, limited("tiny", limit, "shorten_answer"))
-    assert [example.id for example in kept] == ["id0", "id1", "id3"]
+    rows = [text_only("A."), text_only(), one_image("B."), text_only()]
+    limit = plain.measure(plain_example(rows[1])).before + 4
+    found = gathered(tmp_path, rows, limited("tiny", limit, "shorten_answer"))
+    (account,) = found.accounts
+    assert [example.id for example in found.examples] == ["id0", "id1", "id3"]
     assert account.as_dict()["changed"] == {
         f"answer shortened to max_length = {limit} tokens, its end of turn not trained": {
             "rows": 2,
@@ -481,12 +490,13 @@ def test_the_account_names_every_row_that_was_changed_or_dropped() -> None:
     assert account.as_dict()["dropped"] == {
         f"what comes before the last answer is over max_length = {limit} tokens": {"rows": 1, "ids": ["id2"]}
     }
+    assert account.as_dict()["duplicates"] == {"rows": 1, "ids": ["id3"]}
 
 
-def test_when_every_row_is_dropped_the_front_door_says_so() -> None:
-    account = Accounting("set", read=2)
-    with pytest.raises(RowError, match="All 2 rows of set are over max_length = 5 tokens. Raise it."):
-        keep_fitting(examples_of(text_only(), one_image()), account, limited("tiny", 5, "drop"))
+def test_when_every_row_is_dropped_the_front_door_says_so(tmp_path: Path) -> None:
+    said = "None of the 2 rows of set is left: 2 over max_length = 5 tokens. Raise max_length."
+    with pytest.raises(RowError, match=said):
+        gathered(tmp_path, [text_only(), one_image()], limited("tiny", 5, "drop"))
 
 
 def written(tmp_path: Path, rows: list[Row]) -> Path:
@@ -601,7 +611,5 @@ def test_a_row_without_a_trained_answer_is_refused_when_it_is_unrolled_too(tmp_p
     untrained = said("q", "one")
     untrained["messages"][1]["train"] = False
     written(tmp_path, [said("q", "one"), untrained])
-    with pytest.raises((MaskError, RowError), match="mine (row )?1: no assistant message to train on"):
-        keep_fitting(
-            *load_recipe(read_recipe(card(tmp_path, unroll=True)), str(tmp_path)), ChatCollator(processor_of("tiny"))
-        )
+    with pytest.raises(RowError, match="mine (row )?1: no assistant message to train on"):
+        gather(read_recipe(card(tmp_path, unroll=True)), str(tmp_path), ChatCollator(processor_of("tiny")))

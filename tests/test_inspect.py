@@ -14,8 +14,10 @@ import pytest
 from PIL import Image
 
 from vlm_dft.cli import main
+from vlm_dft.collators import ChatCollator
 from vlm_dft.explain import token_texts
-from vlm_dft.inspection import turn_lines, visible
+from vlm_dft.inspection import inspect_rows, turn_lines, visible
+from vlm_dft.models import load_processor
 
 ROWS: list[dict[str, Any]] = [
     {
@@ -254,3 +256,13 @@ def test_a_turn_says_its_own_weight_and_objective() -> None:
     answered = {"role": "assistant", "content": "b", "weight": 0.5, "objective": "nll"}
     (line,) = turn_lines(ChatCollator(load_processor("tiny")).explain({"messages": [asked, answered]}))
     assert line.startswith("message 1: 2 targets, found by ") and line.endswith(", weight 0.5, objective nll")
+
+
+def test_a_filtered_row_is_shown_as_dropped_and_what_was_done_to_others_is_noted(tmp_path: Path) -> None:
+    rows = [{"q": "q", "a": "So.", "g": 1}, {"q": "q", "a": "So.", "g": 2}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    card = {"name": "mine", "source": {"files": ["rows.jsonl"]}, "prompt": "{q}", "response": "{a}", "ending": "The answer is {g}.",
+            "keep": {"g": {"min": 2}}}  # fmt: skip
+    first, second = inspect_rows(card, str(tmp_path), ChatCollator(load_processor("tiny")))
+    assert first.dropped == "filtered: g is not at least 2" and first.explained is None
+    assert second.explained is not None and "ending appended" in second.explained.notes

@@ -21,7 +21,13 @@ CARDS = {
     "recipe": sorted(path.stem for path in ROOT.glob("data_recipes/*.yaml")),
     "benchmark": sorted(path.stem for path in ROOT.glob("eval/*.yaml")),
 }
-DISTRIBUTION = {"PIL": "pillow", "yaml": "pyyaml", "flash_attn": "flash-attn", "liger_kernel": "liger-kernel"}
+DISTRIBUTION = {
+    "charset_normalizer": "charset-normalizer",
+    "PIL": "pillow",
+    "yaml": "pyyaml",
+    "flash_attn": "flash-attn",
+    "liger_kernel": "liger-kernel",
+}
 
 LIST_CARDS = """
 import json, yaml, vlm_dft

@@ -122,7 +122,7 @@ def test_tabmwp_goes_through_every_part(shared: Path, tmp_path: Path) -> None:
     assert run(*words, "--epochs", "1", "--eval_limit", "3", "--output", str(tmp_path / "run")) == 0
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["runs"]["dft"]["test"]["count"] == 3
-    assert report["accounting"]["tokens"]["media"] > 8 * 12
+    assert report["accounting"]["total"]["tokens"]["media"] > 8 * 12
 
 
 @pytest.mark.slow
@@ -200,3 +200,94 @@ def test_a_column_of_addresses_is_not_taken_for_sources(tmp_path: Path) -> None:
     examples, account = load_recipe(read_recipe(str(path)), None)
     assert {example.source for example in examples} == {"rows"}
     assert account.notes == {"60 different sources are too many to tell apart (at most 50)": 60}
+
+
+def mixture(folder: Path, **more: Any) -> str:
+    entries = [
+        {"recipe": "drawn", "share": 0.5}, {"recipe": "drawn_new", "share": 0.3, "objective": "nll"},
+        {"recipe": "drawn_noisy", "name": "noisy", "share": 0.2},
+    ]  # fmt: skip
+    card = {"description": "Three sets.", "licence": "Apache-2.0", "mixture": entries, "benchmark": "none", **more}
+    (folder / "mixed.yaml").write_text(yaml.safe_dump(card))
+    return str(folder / "mixed.yaml")
+
+
+def test_a_mixture_is_trained_and_its_account_is_in_the_terminal_the_folder_the_card_and_the_page(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "run"
+    words = [
+        "--recipe",
+        mixture(tmp_path),
+        "--limit",
+        "40",
+        "--max_steps",
+        "2",
+        "--batch_size",
+        "16",
+        "--micro_batch",
+        "8",
+    ]
+    assert run(*words, "--output", str(output)) == 0
+    told = capsys.readouterr().out
+    accounting = json.loads((output / "accounting.json").read_text())
+    assert [source["source"] for source in accounting["sources"]] == ["drawn", "drawn_new", "noisy"]
+    assert [source["read"] for source in accounting["sources"]] == [40, 40, 40]
+    for source, share in zip(accounting["sources"], (0.5, 0.3, 0.2), strict=True):
+        assert source["response_share"] == pytest.approx(share, abs=0.02)
+        assert source["read"] == source["used"] + sum(rows["rows"] for rows in source["dropped"].values())
+    total = accounting["total"]
+    rows = [line.split() for line in told.splitlines() if line.startswith(("drawn", "noisy", "all "))]
+    assert [row[0] for row in rows] == ["drawn", "drawn_new", "noisy", "all"] and rows[-1][1] == "120"
+    assert "left out by the mixture's shares" in told
+    first = read_metrics(output / "metrics.jsonl")[0]
+    assert first["source/drawn_new/mean_weight"] == 1 and first["source/noisy/mean_weight"] < 1  # nll beside dft
+    card = (output / "README.md").read_text()
+    assert f"| rows | 120 read, {total['used']} used |" in card and "| source | licence | read | used |" in card
+    assert "| noisy | Apache-2.0 | 40 |" in card
+    page = (output / "report.html").read_text()
+    assert "<h2>Data</h2>" in page and "<th>noisy</th><td>40</td>" in page
+    kept = yaml.safe_load(
+        (output / "recipe.yaml").read_text()
+    )  # with the cards that it names: enough to repeat the run
+    assert kept["mixture"][2]["card"]["source"] == {"embedded": "noisy.jsonl"}
+    assert yaml.safe_load((output / "config.yaml").read_text())["rows"] == {"limit": 40}
+
+
+def test_words_that_cannot_stand_beside_a_mixture_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    card, output = mixture(tmp_path, order="curriculum"), ["--output", str(tmp_path / "run")]
+    assert run("--recipe", card, "--train_sampling_strategy", "random", *output) == 2
+    assert "is a curriculum, but train_sampling_strategy = random shuffles it" in capsys.readouterr().err
+    assert run("--recipe", card, "--limit", "5", "--source_objectives", "drawn_new=dft", *output) == 2
+    said = "source_objectives trains 'drawn_new' with dft, the mixture's card with nll. Take it out of one of them."
+    assert said in capsys.readouterr().err
+    assert run("--recipe", card, "--bad_rows", "drpo", *output) == 2
+    assert "bad_rows must be one of refuse, drop, found 'drpo'. Did you mean 'drop'?" in capsys.readouterr().err
+
+
+def test_rows_that_cannot_be_used_are_dropped_where_the_command_line_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": answer}]}
+        for answer in ("a", "", "c")
+    ]
+    (tmp_path / "chats.json").write_text(json.dumps(rows))
+    words = [
+        "--recipe",
+        str(tmp_path / "chats.json"),
+        "--batch_size",
+        "2",
+        "--micro_batch",
+        "2",
+        "--output",
+        str(tmp_path / "run"),
+    ]
+    assert run(*words) == 2
+    assert "1 of 3 rows cannot be used: 1 " in capsys.readouterr().err and not (tmp_path / "run").exists()
+    assert run(*words, "--bad_rows", "drop", "--workers", "2") == 0
+    (account,) = json.loads((tmp_path / "run" / "accounting.json").read_text())["sources"]
+    assert (account["read"], account["used"], [rows["ids"] for rows in account["dropped"].values()]) == (3, 2, [["1"]])
+    assert "1 rows dropped, " in capsys.readouterr().out

@@ -154,7 +154,7 @@ def test_a_file_of_several_sources_is_told_apart(tmp_path: Path, capsys: pytest.
             ["drawn", "--model", "nobody/nothing-at-all"],
             "Cannot load 'nobody/nothing-at-all': .* Is the name right, the hub reach",
         ),
-        (["drawn", "--max_length", "3"], "are over max_length = 3 tokens"),
+        (["drawn", "--max_length", "3"], "2,040 over max_length = 3 tokens"),
     ],
 )
 def test_a_probe_that_cannot_be_made_says_why(

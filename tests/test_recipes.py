@@ -9,10 +9,11 @@ import yaml
 from PIL import Image
 
 from vlm_dft.cards import list_cards, read_card
-from vlm_dft.errors import CardError, RowError
+from vlm_dft.errors import CardError, RowError, UserError
 from vlm_dft.media import image_size
 from vlm_dft.recipes import load_recipe, read_recipe
 from vlm_dft.rows import read_rows
+from vlm_dft.scoring import score_response
 
 
 def write_card(folder: Path, **changes: Any) -> str:
@@ -119,17 +120,21 @@ def test_a_missing_data_folder_or_file_is_said_before_reading(tmp_path: Path) ->
         load_recipe(read_recipe("tabmwp"), str(tmp_path))
 
 
-def test_tabmwp_rows_end_in_the_answer_and_keep_unit_and_choices(shared: Path) -> None:
+def test_tabmwp_rows_end_in_the_answer_as_its_benchmark_extracts_it(shared: Path) -> None:
     examples, account = load_recipe(read_recipe("tabmwp"), str(shared / "tabmwp"))
-    assert account.read == 850
+    assert account.read == len(examples) == 850
+    assert {effect: found.rows for effect, found in account.changed.items()} == {"ending appended": 850}
     raw = {r["id"]: r for r in read_rows({"files": "data/tabmwp/problems_train.json"}, shared / "tabmwp", where="t")}
     for example in examples:
-        row = raw[example.id]
-        question = example.messages[0]["content"][-1]["text"]
-        assert example.messages[1]["content"].endswith(f"The answer is {row['answer']}.")
+        row, response = raw[example.id], example.messages[1]["content"]
+        question, choices = example.messages[0]["content"][-1]["text"], row["choices"] or []
+        letter = f"({'ABCDEF'[choices.index(row['answer'])]}) " if choices else ""
+        assert response.endswith(f"\nThe answer is {letter}{row['answer']}.") and row["solution"].strip() in response
         assert row["question"] in question
-        assert all(choice in question for choice in row["choices"] or [])
+        assert all(choice in question for choice in choices)
         assert (row["unit"] or "") in question
+        gold = {"choices": row["choices"], "unit": row["unit"], "gold_answer": row["answer"]}
+        assert score_response(response, gold, benchmark="tabmwp").correct, response
 
 
 def test_sharegpt_conversations_keep_their_turns_and_repeated_images(shared: Path) -> None:
@@ -194,6 +199,10 @@ def test_a_line_separator_inside_a_json_line_does_not_end_it(tmp_path: Path) -> 
                 "messages": [{"role": "user", "content": "<image>q"}, {"role": "assistant", "content": "a"}],
                 "img": "x.png",
             },
+            "column 'img' holds a picture that nothing uses. Say `images: img`",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "<image>q"}, {"role": "assistant", "content": "a"}]},
             "1 <image> markers but no images",
         ),
         (
@@ -241,3 +250,40 @@ def test_no_form_of_a_source_leaves_the_data_folder(tmp_path: Path, form: str) -
     card = {"name": "mine", "source": {"files": ["rows.jsonl"]}, "messages": None}
     with pytest.raises(RowError, match="leaves the data folder"):
         load_recipe(card, str(tmp_path / "data"))
+
+
+def test_a_folder_or_a_table_in_place_of_a_card_is_met_with_the_card_to_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train-00000.parquet").touch()
+    (tmp_path / "rows.csv").write_text("question,answer\nHow many?,5\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CardError, match=r"'data' is a folder, not a recipe"):
+        read_recipe("data")
+    with pytest.raises(CardError, match=r"is a folder, not a recipe") as error:
+        read_recipe(str(tmp_path / "data"))
+    assert 'source: {files: ["*.parquet"]}' in str(error.value) and f"--data {tmp_path / 'data'}" in str(error.value)
+    with pytest.raises(CardError, match="is a file of data, not a recipe") as error:
+        read_recipe(str(tmp_path / "rows.csv"))
+    lines = str(error.value).splitlines()[1:4]
+    card = tmp_path / "own.yaml"
+    card.write_text("\n".join(lines))
+    assert [example.messages[-1]["content"] for example in load_recipe(read_recipe(str(card)), str(tmp_path))[0]] == [
+        "5"
+    ]
+
+
+def test_a_template_without_quotes_says_that_they_are_missing(tmp_path: Path) -> None:
+    card = tmp_path / "own.yaml"
+    card.write_text("description: x\nlicence: y\nsource: {files: [rows.csv]}\nprompt: {question}\nresponse: {answer}\n")
+    with pytest.raises(CardError, match='needs quotes: "{question}"'):
+        read_recipe(str(card))
+
+
+def test_a_folder_whose_preparation_was_killed_is_not_taken_for_a_set(tmp_path: Path) -> None:
+    (tmp_path / ".preparing").mkdir()
+    (tmp_path / ".preparing" / "made_from.json").write_text("{}")
+    (tmp_path / "shard-00000.parquet").touch()
+    with pytest.raises(UserError, match="begun and not ended: run it again"):
+        read_recipe(str(tmp_path))

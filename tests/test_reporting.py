@@ -86,7 +86,7 @@ def arguments(tmp_path: Path) -> dict[str, Any]:
         },
         "recipe": {"name": "drawn_noisy", "description": "noisy & <known>"},
         "config": {"model": "tiny", "benchmark": "drawn"},
-        "accounting": {"used": 300},
+        "accounting": {"total": {"used": 300}},
         "samples": splits,
         "folders": folders,
     }

@@ -20,9 +20,9 @@ def can_draw(stream: TextIO, environment: Mapping[str, str] = os.environ) -> boo
 
 
 class Bar:
-    """Counts to `total` on stderr. Shown only on the first process, and not at all without a title."""
+    """Counts to `total` (None: nobody knows how many) on stderr. Shown only on the first process, and not at all without a title."""
 
-    def __init__(self, total: int, title: str | None, unit: str = "sample") -> None:
+    def __init__(self, total: int | None, title: str | None, unit: str = "sample") -> None:
         self.total, self.title, self.unit, self.done = total, title, unit, 0
         self._shown = title is not None and os.environ.get("RANK", "0") == "0"
         self._bar = None
@@ -37,11 +37,14 @@ class Bar:
         self.done += count
         if self._bar is not None:
             self._bar.update(count)
-        elif self._shown and (self.done >= self.total or time.monotonic() - self._said >= SECONDS):
+        elif self._shown and (self._at_end() or time.monotonic() - self._said >= SECONDS):
             self._said = time.monotonic()
-            took = f", {self._said - self._began:.0f} s"
-            sys.stderr.write(f"      {self.title}: {self.done:,}/{self.total:,} {self.unit}s{took}\n")
+            took, of = f", {self._said - self._began:.0f} s", "" if self.total is None else f"/{self.total:,}"
+            sys.stderr.write(f"      {self.title}: {self.done:,}{of} {self.unit}s{took}\n")
             sys.stderr.flush()
+
+    def _at_end(self) -> bool:
+        return self.total is not None and self.done >= self.total
 
     def __enter__(self) -> Bar:
         return self

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from vlm_dft.cards import nearest, read_card
-from vlm_dft.chat import Sample, place_media
+from vlm_dft.chat import Sample
+from vlm_dft.columns import fill
 from vlm_dft.errors import CardError, RowError
+from vlm_dft.markers import place_media, read_numbered
 from vlm_dft.prompts import prompt_text
-from vlm_dft.rows import fill, locate_images, read_rows, source_root
+from vlm_dft.rows import locate_images, read_rows, source_root
 from vlm_dft.runs import write_text
 from vlm_dft.scoring import SCORERS, score_response
 
@@ -104,9 +106,10 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 def _sample(card: Mapping[str, Any], row: Mapping[str, Any], split: str, root: Path | None) -> Sample:
     where = f"{card['name']}, split {split}, row {row['id']}"
     images = locate_images(card, row, root, where=where)
-    messages = [{"role": "user", "content": prompt_text(card, row, where=where)}]
+    messages: list[Any] = [{"role": "user", "content": prompt_text(card, row, where=where)}]
     if card.get("system"):
         messages = [{"role": "system", "content": card["system"]}, *messages]
+    messages, images, _ = read_numbered(messages, images, where=where)
     columns: Mapping[str, str] = card.get("record") or {}
     record = {key: _value(row, columns[key], where) if key in columns else None for key in RECORD}
     gold = fill("{" + card["answer"] + "}", row, where=where)

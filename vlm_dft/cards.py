@@ -56,9 +56,14 @@ def read_card(kind: str, name: str, *, required: Iterable[str], optional: Iterab
 
     path = find_card(kind, name)
     try:
-        card = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        card = yaml.safe_load(text)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise CardError(f"{path}: not valid YAML ({error}).") from error
+    if (twice := _repeated(yaml.compose(text, Loader=yaml.SafeLoader))) is not None:
+        raise CardError(
+            f"{path}, line {twice.start_mark.line + 1}: the key {twice.value!r} is there twice. Keep one of them."
+        )
     if not isinstance(card, dict):
         raise CardError(f"{path}: expected a mapping of keys, found {type(card).__name__}.")
     required = set(required)
@@ -67,3 +72,20 @@ def read_card(kind: str, name: str, *, required: Iterable[str], optional: Iterab
     if missing:
         raise CardError(f"{path}: missing {', '.join(missing)}. A {kind} card needs: {', '.join(sorted(required))}.")
     return {**card, "name": path.stem}
+
+
+def _repeated(root: Any) -> Any:
+    """The first key of a composed YAML tree that its mapping has already, of which YAML would keep the last in silence; else None."""
+    nodes, known = [root] if root is not None else [], set[int]()
+    while nodes:
+        node = nodes.pop()
+        if id(node) in known or not isinstance(node.value, list):
+            continue
+        known.add(id(node))  # an alias is the node itself
+        if any(isinstance(child, tuple) for child in node.value):
+            keys = [key for key, _ in node.value]
+            names = [str(key.value) for key in keys]
+            if (again := next((k for k, name in enumerate(names) if name in names[:k]), None)) is not None:
+                return keys[again]
+        nodes += [child[1] if isinstance(child, tuple) else child for child in node.value]
+    return None

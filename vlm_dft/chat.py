@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -12,6 +11,7 @@ from typing import Any
 
 from vlm_dft.cards import nearest
 from vlm_dft.errors import RowError
+from vlm_dft.markers import media_parts, place_media, read_numbered
 from vlm_dft.objectives import OBJECTIVES
 
 Message = dict[str, Any]
@@ -42,7 +42,6 @@ SOURCES = {
     "video": ("video", "url", "path", "value"),
 }
 ROW_KEYS = ("messages", "images", "videos", "tools", "prompt", "completion", "id", "source")
-MARKERS = {"image": "<image>", "video": "<video>"}
 REASONING_NAMES = ("reasoning", "thinking")  # other names of reasoning_content
 
 
@@ -83,12 +82,6 @@ def text_of(content: str | Sequence[Mapping[str, Any]] | None) -> str:
 def is_trained(message: Mapping[str, Any]) -> bool:
     """Whether a message's tokens are targets: an assistant's, unless it says `"train": False`."""
     return message["role"] == "assistant" and message.get("train", True) is not False
-
-
-def media_parts(messages: Iterable[Message], kind: str) -> list[dict[str, Any]]:
-    """The parts of one kind ("image" or "video") in the order of their appearance."""
-    lists = (m["content"] for m in messages if not isinstance(m["content"], str))
-    return [part for parts in lists for part in parts if part.get("type") == kind]
 
 
 def media_settings(messages: Iterable[Message], kind: str) -> list[dict[str, Any]]:
@@ -205,54 +198,6 @@ def _number(value: Any) -> float:
         return math.nan
 
 
-def place_media(messages: list[Message], images: int, videos: int = 0, *, where: str) -> list[Message]:
-    """Turn `<image>` and `<video>` markers of plain-string messages into parts, so that parts and media agree in number.
-
-    Rows that already hold the parts are taken as they are and their text stays literal; so does that of rows without
-    media, and of every answer. Rows without a marker get their media before the first user text. Any other mismatch
-    raises RowError with both counts.
-    """
-    split, first = [], []
-    for kind, count in (("image", images), ("video", videos)):
-        parts, markers = len(media_parts(messages, kind)), count_markers(messages, kind)
-        if parts == count:
-            continue
-        if parts == 0 and markers == count:
-            split.append(kind)
-        elif parts == 0 and markers == 0 and any(m["role"] == "user" for m in messages):
-            first += [{"type": kind}] * count
-        else:
-            raise RowError(
-                f"{where}: {count} {kind}s but {parts or markers} places for them ({parts} {kind} parts, {markers} "
-                f"{MARKERS[kind]} markers). Give one marker per {kind}, or none at all to put the {kind}s first."
-            )
-    placed = [_split_markers(message, split) for message in messages] if split else messages
-    if not first:
-        return placed
-    k = next(k for k, m in enumerate(placed) if m["role"] == "user")
-    text = placed[k]["content"]
-    after = [{"type": "text", "text": text}] if isinstance(text, str) else list(text)
-    return [*placed[:k], {**placed[k], "content": first + after}, *placed[k + 1 :]]
-
-
-def count_markers(messages: Iterable[Message], kind: str = "image") -> int:
-    """How many markers the plain strings of the messages hold; those in answers are words, not pictures."""
-    texts = (m["content"] for m in messages if m["role"] != "assistant" and isinstance(m["content"], str))
-    return sum(text.count(MARKERS[kind]) for text in texts)
-
-
-def _split_markers(message: Message, kinds: Sequence[str]) -> Message:
-    content = message["content"]
-    if message["role"] == "assistant" or not isinstance(content, str):
-        return message
-    kind_of = {MARKERS[kind]: kind for kind in kinds}
-    pieces = re.split(f"({'|'.join(map(re.escape, kind_of))})", content)
-    if len(pieces) == 1:
-        return message
-    parts = [{"type": kind_of[p]} if p in kind_of else {"type": "text", "text": p} for p in pieces if p]
-    return {**message, "content": parts}
-
-
 def as_example(row: Example | Mapping[str, Any], *, where: str = "example") -> Example:
     """Check a row and return an Example with its media placed. The input is not mutated.
 
@@ -267,7 +212,7 @@ def as_example(row: Example | Mapping[str, Any], *, where: str = "example") -> E
     identity = str(fields.get("id", ""))
     name = identity or where
     if "messages" not in fields and {"prompt", "completion"} <= set(fields):
-        fields["messages"] = _prompt_and_completion(fields["prompt"], fields["completion"], name)
+        fields["messages"] = prompt_and_completion(fields["prompt"], fields["completion"], name)
     if "messages" not in fields:
         removed = not fields or "input_ids" in fields  # by a Trainer, before we saw it
         raise RowError(
@@ -285,7 +230,7 @@ def as_example(row: Example | Mapping[str, Any], *, where: str = "example") -> E
     for key, value in fields.items():
         if key not in ROW_KEYS and (meant := _misspelt(str(key))):
             raise RowError(f"{name}: unknown key {key!r}. Did you mean {meant!r}? Rename it, or take it out.")
-        if key not in ROW_KEYS and not fields.get("images") and _is_picture(value):
+        if key not in ROW_KEYS and not fields.get("images") and is_picture(value):
             raise RowError(
                 f"{name}: unknown key {key!r}, which holds pictures. Give them as a list under 'images', or take it out."
             )
@@ -300,6 +245,7 @@ def as_example(row: Example | Mapping[str, Any], *, where: str = "example") -> E
             raise RowError(f"{name}: some {kind} parts name a source and some do not. Give each its own, or none.")
         media[kind] = inline or listed
     messages = [_without_sources(message) for message in messages]
+    messages, media["image"], _ = read_numbered(messages, media["image"], where=name)
     messages = place_media(messages, len(media["image"]), len(media["video"]), where=name)
     tools = _listed(fields.get("tools"), f"{name}: tools must be a list of JSON schemas, found")
     if not all(isinstance(tool, Mapping) for tool in tools):
@@ -318,10 +264,10 @@ def _listed(value: Any, found: str) -> list[Any]:
     raise RowError(f"{found} {brief(value)}.")
 
 
-def _is_picture(value: Any) -> bool:
+def is_picture(value: Any) -> bool:
     """Whether a column's value looks like a picture, or a list of some: by its type, or by a file's ending."""
     if isinstance(value, (list, tuple)):
-        return bool(value) and all(map(_is_picture, value))
+        return bool(value) and all(map(is_picture, value))
     if isinstance(value, Mapping):
         return isinstance(value.get("bytes"), bytes)
     if isinstance(value, str):
@@ -344,7 +290,7 @@ def _without_sources(message: Message) -> Message:
     return {**message, "content": [{k: v for k, v in part.items() if k not in ("image", "video")} for part in content]}
 
 
-def _prompt_and_completion(prompt: Any, completion: Any, where: str) -> list[Any]:
+def prompt_and_completion(prompt: Any, completion: Any, where: str) -> list[Any]:
     """Messages of a prompt+completion row: what the prompt's assistant said is context, not a target."""
     asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     answered = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion

@@ -1,4 +1,4 @@
-"""Command line: words in, one of the package's functions called, its result printed. The only module that prints tables."""
+"""Command line: words in, one of the package's functions called, its result printed."""
 
 from __future__ import annotations
 
@@ -6,33 +6,35 @@ import argparse
 import json
 import os
 import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vlm_dft import __version__
+from vlm_dft.commands import (
+    DATA_HELP,
+    RECIPE_HELP,
+    add_settings,
+    check_writable,
+    echo,
+    list_kind,
+    model_and_recipe,
+    quiet,
+)
 from vlm_dft.errors import RowError, UserError, first_to_say, printable
+from vlm_dft.recipes_command import add_recipes
 
 ENDED_BY_USER = 130  # the shell's exit status for an interrupt
 TRAIN_FLAGS = {  # the settings that `vlm-dft train --help` names; every other field is a flag too
     "model": "'tiny', a folder, or a hub id",
-    "recipe": "a card in data_recipes/, a .yaml of your own, or a .json / .jsonl of conversations",
-    "data": "the folder of the recipe's files",
+    "recipe": RECIPE_HELP,
+    "data": DATA_HELP,
     "objective": "dft, nll, floor(minimum=0.1) ..., or several: dft,nll",
     "benchmark": "a card in eval/, or none",
     "output": "the run folder",
     "lora": "rank of LoRA; 0 trains the weights themselves",
     "engine": "zero2, zero3, zero3_offload, fsdp2 or a JSON file",
     "nproc": "training processes, one a GPU",
-}
-INSPECT_SETTINGS = {  # of TrainConfig and ChatCollator, checked as those of `train` are
-    "max_length": "longest sample in tokens (default 4096, or the recipe's)",
-    "too_long": "what becomes of longer ones: raise, drop (default), shorten_answer, downscale",
-    "resize": "processor (default), or pillow",
-    "min_pixels": "smallest image area after resizing",
-    "max_pixels": "largest image area after resizing",
-    "hosts": "hosts that images may be fetched from, separated by commas",
 }
 
 
@@ -107,18 +109,12 @@ def _parser() -> argparse.ArgumentParser:
         description="Show samples as the model sees them: every token by the reason why it is or is not trained. Settings "
         "are the recipe's, then the command line's. Exit status 1 if a row cannot be trained on.",
     )
-    inspect.add_argument("recipe", help=TRAIN_FLAGS["recipe"])
-    inspect.add_argument("--model", default="tiny", help="'tiny' (default), a checkpoint folder, or a hub id")
-    inspect.add_argument("--data", help=TRAIN_FLAGS["data"])
+    add_settings(inspect)
     inspect.add_argument("-n", "--limit", type=int, default=5, help="rows to show (default 5)")
     inspect.add_argument("--start", type=int, default=0, help="the first row to show (default 0)")
     inspect.add_argument("--full", action="store_true", help="do not shorten long prompts")
     inspect.add_argument("--html", metavar="FILE", help="write a page with pictures, every token to be pointed at")
     inspect.add_argument("--json", metavar="FILE", help="write the mask report and the failures here too")
-    for name, text in INSPECT_SETTINGS.items():
-        inspect.add_argument(
-            f"--{name.replace('_', '-')}", f"--{name}", dest=name, help=text
-        )  # as `train` spells it, too
     inspect.set_defaults(run=_inspect)
 
     probe = commands.add_parser(
@@ -127,16 +123,12 @@ def _parser() -> argparse.ArgumentParser:
         description="The capability gauge: the model's probability p of the response tokens, per source, with each picture and "
         "with a blank one; recommends an objective per source. Trains nothing.",
     )
-    probe.add_argument("recipe", help=TRAIN_FLAGS["recipe"])
-    probe.add_argument("--model", default="tiny", help="'tiny' (default), a checkpoint folder, or a hub id")
-    probe.add_argument("--data", help=TRAIN_FLAGS["data"])
+    add_settings(probe)
     probe.add_argument(
         "-n", "--count", type=int, default=256, help="responses of each source, spread evenly over it (default 256)"
     )
     probe.add_argument("--json", metavar="FILE", help="write everything that was found here")
     probe.add_argument("--plot", metavar="FILE", help="write the histograms of p as an SVG picture")
-    for name, text in INSPECT_SETTINGS.items():
-        probe.add_argument(f"--{name.replace('_', '-')}", f"--{name}", dest=name, help=text)
     probe.set_defaults(run=_probe)
 
     export = commands.add_parser(
@@ -153,10 +145,11 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--json", metavar="FILE", help="write what was checked here")
     export.set_defaults(run=_export)
 
-    for kind in ("recipe", "benchmark"):
-        listing = commands.add_parser(f"{kind}s", help=f"list the {kind} cards")
-        listing.add_argument("--json", metavar="FILE", help="write the list here too")
-        listing.set_defaults(run=_list, kind=kind)
+    add_recipes(commands)
+
+    benchmarks = commands.add_parser("benchmarks", help="list the benchmark cards")
+    benchmarks.add_argument("--json", metavar="FILE", help="write the list here too")
+    benchmarks.set_defaults(run=list_kind, kind="benchmark")
     return parser
 
 
@@ -176,7 +169,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
     from vlm_dft.preflight import check_run
 
-    _check_writable(arguments.json, "--json")
+    check_writable(arguments.json, "--json")
     plan = check_run(config, dry_run=arguments.dry_run)
     if arguments.dry_run:
         from vlm_dft import dry_run
@@ -185,10 +178,10 @@ def _train(arguments: argparse.Namespace) -> int:
         print(dry_run.describe(plan, found))
         _write_json(arguments.json, found)
         return 0
-    _quiet()
+    quiet()
     from vlm_dft.pipeline import run
 
-    _write_json(arguments.json, run(plan, echo=_echo))
+    _write_json(arguments.json, run(plan, echo=echo))
     return 0
 
 
@@ -235,42 +228,27 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if Path(arguments.output).is_file():
         raise UserError(f"--output {arguments.output!r} is a file. Expected a folder.")
     load_benchmark(arguments.benchmark, arguments.data, limit=1)  # every check of the card and its files, before torch
-    _quiet()
+    quiet()
     from vlm_dft.pipeline import evaluate
 
     result = evaluate(
         arguments.benchmark, model=arguments.model, output=Path(arguments.output), data=arguments.data,
-        limit=arguments.limit, batch_size=arguments.batch_size, echo=_echo,
+        limit=arguments.limit, batch_size=arguments.batch_size, echo=echo,
     )  # fmt: skip
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return 0
 
 
-def _model_and_recipe(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
-    """The resolved config and the recipe's card, every name looked up. Raises a UserError; nothing is loaded."""
-    from vlm_dft.config import recipe_layer, resolve_config
-    from vlm_dft.locate import resolve_model
-    from vlm_dft.recipes import read_recipe, recipe_root
-
-    given = ("recipe", "model", "data", *INSPECT_SETTINGS)
-    words = {name: value for name, value in vars(arguments).items() if name in given and value is not None}
-    config = resolve_config((f"recipe {arguments.recipe!r}", recipe_layer(arguments.recipe)), ("command line", words))
-    card = read_recipe(config.recipe)
-    resolve_model(config.model)
-    recipe_root(card, config.data)
-    return config, card
-
-
 def _inspect(arguments: argparse.Namespace) -> int:
-    config, card = _model_and_recipe(arguments)
+    config, card = model_and_recipe(arguments)
     if arguments.limit < 1 or arguments.start < 0:
         raise UserError(
             f"Expected -n of at least 1 and --start of at least 0, found {arguments.limit}, {arguments.start}."
         )
     for flag in ("html", "json"):
-        _check_writable(getattr(arguments, flag), f"--{flag}")
-    _quiet()
+        check_writable(getattr(arguments, flag), f"--{flag}")
+    quiet()
     from rich.console import Console
 
     from vlm_dft import inspection
@@ -300,88 +278,40 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _probe(arguments: argparse.Namespace) -> int:
-    config, card = _model_and_recipe(arguments)
+    config, card = model_and_recipe(arguments)
     if arguments.count < 1:
         raise UserError(f"Expected -n of at least 1, found {arguments.count}.")
     for flag in ("json", "plot"):
-        _check_writable(getattr(arguments, flag), f"--{flag}")
-    _quiet()
+        check_writable(getattr(arguments, flag), f"--{flag}")
+    quiet()
     from vlm_dft import probe_report
     from vlm_dft.pipeline import probe
     from vlm_dft.runs import write_json, write_text
 
-    found = probe(config, card, count=arguments.count, echo=_echo)
-    _echo(probe_report.probe_table(found))
+    found = probe(config, card, count=arguments.count, echo=echo)
+    echo(probe_report.probe_table(found))
     for line in probe_report.probe_lines(found):
-        _echo(line)
+        echo(line)
     if arguments.json:
         write_json(Path(arguments.json), found)
     if arguments.plot:
         title = f"{config.model} on {Path(config.recipe).stem}, before training"
         write_text(Path(arguments.plot), probe_report.probe_plot(found, title))
-        _echo(f"plot: {arguments.plot}")
+        echo(f"plot: {arguments.plot}")
     return 0
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    _check_writable(arguments.json, "--json")
-    _quiet()
+    check_writable(arguments.json, "--json")
+    quiet()
     from vlm_dft.export import export
     from vlm_dft.runs import write_json
 
-    found = export(arguments.source, Path(arguments.output), merge=arguments.merge, dtype=arguments.dtype, echo=_echo)
+    found = export(arguments.source, Path(arguments.output), merge=arguments.merge, dtype=arguments.dtype, echo=echo)
     if arguments.json:
         write_json(Path(arguments.json), found)
-    _echo(f"{found['output']}: {found['bytes'] / 1e6:,.1f} MB")
+    echo(f"{found['output']}: {found['bytes'] / 1e6:,.1f} MB")
     return 0
-
-
-def _check_writable(path: str | None, flag: str) -> None:
-    """Whether a file can be made there, before the work is done. Raises UserError."""
-    if path is None:
-        return
-    folder = Path(path).absolute().parent
-    if Path(path).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UserError(f"{flag} {path!r}: expected the name of a file in a folder that can be written to.")
-
-
-def _list(arguments: argparse.Namespace) -> int:
-    import yaml  # fmt: skip
-
-    from vlm_dft.cards import list_cards
-
-    found = [
-        {
-            "name": name,
-            **{k: v for k, v in yaml.safe_load(path.read_text("utf-8")).items() if k in ("description", "licence")},
-        }
-        for name, path in list_cards(arguments.kind).items()
-    ]
-    for card in found:
-        print(f"{card['name']:<16} {card['description'].strip()}  [{card['licence']}]")
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    return 0
-
-
-def _echo(text: Any) -> None:
-    """Print a line or a rich table, on the first process only."""
-    if int(os.environ.get("RANK", "0")) == 0:
-        if isinstance(text, str):
-            print(text, flush=True)
-        else:
-            from rich.console import Console
-
-            Console(width=None if sys.stdout.isatty() else 160).print(text)
-
-
-def _quiet() -> None:
-    """Keep libraries' progress bars of loading out of the way of ours; their warnings stay."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing. is deprecated")  # peft asks by the old name
 
 
 if __name__ == "__main__":

@@ -16,12 +16,13 @@ from torch import Tensor
 from vlm_dft.alignment import Ints
 from vlm_dft.batches import Encoded, Side, select
 from vlm_dft.cards import nearest
-from vlm_dft.chat import SIZE_SETTINGS, Example, Sample, as_example, is_trained, media_parts, media_settings
+from vlm_dft.chat import SIZE_SETTINGS, Example, Sample, as_example, is_trained, media_settings
 from vlm_dft.dummy_image import DummyImage
 from vlm_dft.errors import MaskError, RowError
 from vlm_dft.explain import Explained, explain_row
 from vlm_dft.fitting import POLICIES, fit
 from vlm_dft.kinds import FORMAT_STRINGS, TokenKinds
+from vlm_dft.markers import media_parts
 from vlm_dft.marking import Marked, Turn, mark_responses, mark_suffix, suffix_prompt
 from vlm_dft.masking import StraddleError, cover, cut_at, prove, token_targets, turn_settings
 from vlm_dft.measuring import Measured, measure

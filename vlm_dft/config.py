@@ -62,8 +62,9 @@ class TrainConfig:
     "Examples per forward pass of one process."
     max_length: int = 4096
     "Longest example in tokens; longer ones are dropped and counted, media are never cut."
-    limit: int | None = None
-    "Use only the first rows of the recipe."
+    rows: dict[str, Any] = field(default_factory=dict)
+    "limit (use only the first rows of the recipe, of every source of a mixture); bad_rows (refuse or drop what cannot be used, in place of "
+    "what the cards say); workers (processes that read and measure; chosen by the number of rows unless set)."
     processes: int = 1
     "Training processes (GPUs); set by scripts/train_qwenvl.sh from NPROC."
     engine: str | None = None
@@ -91,6 +92,11 @@ class TrainConfig:
     def lora_parts(self) -> list[str]:
         """The parts under LoRA: the language model unless others are named; none without LoRA."""
         return list(self.parts.get("lora_parts", ("language",))) if self.lora else []
+
+    @property
+    def limit(self) -> int | None:
+        """Use only the first rows of every source; None: all."""
+        return self.rows.get("limit")
 
     @property
     def eval_limit(self) -> int | None:
@@ -212,6 +218,10 @@ def read_config_file(path: str) -> dict[str, Any]:
         raise ConfigError(f"{path}: not valid YAML ({error}).") from error
     if not isinstance(loaded, dict):
         raise ConfigError(f"{path}: expected a mapping of settings, found {type(loaded).__name__}.")
+    if "licence" in loaded and ("source" in loaded or "mixture" in loaded):
+        raise ConfigError(
+            f"{path} is a recipe card, expected a YAML file of settings. Train on it with --recipe {path}."
+        )
     return loaded
 
 
@@ -248,8 +258,6 @@ def _check(config: TrainConfig) -> None:
     for name in ("epochs", "learning_rate", "batch_size", "micro_batch", "max_length", "processes"):
         if not 0 < getattr(config, name) < math.inf:  # not nan either
             raise ConfigError(f"{name} must be positive and finite, found {getattr(config, name)}.")
-    if config.limit is not None and config.limit <= 0:
-        raise ConfigError(f"limit must be positive or null, found {config.limit}.")
     if config.lora < 0 or not 0 <= config.warmup < 1:
         raise ConfigError("lora must not be negative, and warmup must lie in [0, 1).")
     check_together(config)
@@ -321,12 +329,13 @@ def _coerce(name: str, value: Any, where: str) -> Any:
 
 
 def recipe_layer(recipe: str) -> Mapping[str, Any]:
-    """The `training` settings of a recipe card; nothing for a bare file of conversations."""
+    """The `training` settings of a recipe card, and the order that a curriculum needs; nothing for a bare file of conversations."""
     from vlm_dft.recipes import is_bare_file, read_recipe
 
     if is_bare_file(recipe):
         return {}
-    training = read_recipe(recipe).get("training") or {}
+    card = read_recipe(recipe)
+    training = card.get("training") or {}
     if not isinstance(training, Mapping):
         raise CardError(f"Recipe {recipe!r}: training must be a mapping, found {training!r}.")
-    return training
+    return {**training, "train_sampling_strategy": "sequential"} if card.get("order") == "curriculum" else training

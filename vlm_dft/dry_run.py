@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Sequence
-from itertools import islice
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlm_dft.config import TrainConfig
 from vlm_dft.dimensions import Dimensions, dimensions_of
@@ -18,17 +19,23 @@ from vlm_dft.engines import DDP, Engine, check_engine, filled
 from vlm_dft.errors import UserError
 from vlm_dft.locate import base_model, resolve_model
 from vlm_dft.memory import GB, estimate, gpu_bytes, host_bytes, largest_micro_batch
+from vlm_dft.mixture_cards import Source, sources_in
+from vlm_dft.mixture_rows import mixed_places
 from vlm_dft.preflight import Plan
-from vlm_dft.recipes import example_of, recipe_root
-from vlm_dft.rows import read_rows
+from vlm_dft.recipes import recipe_root
+from vlm_dft.rows import files_of, read_rows
+
+if TYPE_CHECKING:
+    from vlm_dft.measuring import Measured
 
 SAMPLE = 32  # rows that are measured
+LOOKED = 1024  # that are looked at for them, where the first are left out
 
 
 def look_ahead(plan: Plan, words: Sequence[str] = ()) -> dict[str, Any]:
     """Every number of the run, for --json: batch, rows, steps, tokens, schedule, engine, launch, memory."""
     config, engine = plan.config, check_engine(plan.config)
-    rows, sample = _rows(plan)
+    rows, sample, mixture = _rows(plan)
     model = dimensions_of(config.model)
     settings = filled(engine, config, model.hidden if model else None, half=config.precision in ("auto", "bf16"))
     steps = config.steps(rows) if rows else None
@@ -40,6 +47,7 @@ def look_ahead(plan: Plan, words: Sequence[str] = ()) -> dict[str, Any]:
         },
         "rows": rows,
         "steps": steps,
+        **({"mixture": mixture} if mixture else {}),
         "tokens": _tokens(config, sample),
         "schedule": _schedule(config, steps),
         "engine": {"name": engine.name, "kind": engine.kind, "settings": settings},
@@ -48,28 +56,116 @@ def look_ahead(plan: Plan, words: Sequence[str] = ()) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _rows(plan: Plan) -> tuple[int | None, dict[str, Any]]:
-    """(rows of the run, what its first rows measure or why they were not measured)."""
-    config, card = plan.config, plan.recipe
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """What is known of a source without reading it: its rows, and what its first ones measure or why they were not measured."""
+
+    name: str
+    rows: int | None
+    sample: dict[str, Any]
+
+
+def _look(source: Source, config: TrainConfig) -> _Look:
+    card = source.card
     rows = int(card["rows"]) if card.get("rows") else None
     try:
-        root = None if "hub" in card["source"] or not _drawn(card) else recipe_root(card, config.data)
+        here = "prepared" not in card["source"] and _drawn(card) and _copied(source)
+        root = recipe_root(card, source.data) if here else None
     except UserError as error:
-        return _limited(rows, config), {"why": str(error)}
+        return _Look(source.name, _limited(rows, config), {"why": str(error)})
+    if "prepared" in card["source"]:
+        return _Look(source.name, _limited(rows, config), _stored(str(card["source"]["prepared"])))
     if root is None:
         why = "the rows are on the hub" if "hub" in card["source"] else "the drawn set is made by the first run"
-        return _limited(rows, config), {"why": why}
-    where = f"Recipe {card['name']!r}"
+        return _Look(source.name, _limited(rows, config), {"why": why})
+    where_from = f"Recipe {card['name']!r}"
     if rows is None:
-        rows = sum(1 for _ in read_rows(card["source"], root, where=where))
+        rows = sum(1 for _ in read_rows(card["source"], root, where=where_from, broken=lambda row_id, error: None))
     place = Path(base_model(resolve_model(config.model)))
     if not any((place / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")):
-        return _limited(rows, config), {"why": f"the processor of {config.model} is not here"}
-    first = list(islice(read_rows(card["source"], root, where=where), SAMPLE))
-    return _limited(rows, config), _measure(config, [example_of(card, row, root) for row in first])
+        return _Look(source.name, _limited(rows, config), {"why": f"the processor of {config.model} is not here"})
+    return _Look(source.name, _limited(rows, config), _measure(config, source))
 
 
-def _drawn(card: dict[str, Any]) -> bool:
+def _stored(url: str) -> dict[str, Any]:
+    """What all rows of a prepared set measure, as they did when it was prepared."""
+    from vlm_dft.prepared import open_prepared
+
+    if "://" in url and not url.startswith("file://"):
+        return {"why": "the prepared rows are not on this machine"}
+    return open_prepared(url).measures or {"why": "the rows were prepared unmeasured"}
+
+
+def _sources(plan: Plan) -> list[Source]:
+    """The recipe's sources; a mixture's sub-folders are those of a folder that is still to be said."""
+    nowhere = "DATA" if "mixture" in plan.recipe else None
+    return sources_in(plan.recipe, plan.config.data or nowhere)
+
+
+def _rows(plan: Plan) -> tuple[int | None, dict[str, Any], list[dict[str, Any]]]:
+    """(rows of an epoch, what a sample of them measures, and of a mixture what each source is expected to give)."""
+    card, config = plan.recipe, plan.config
+    looks = [_look(source, config) for source in _sources(plan)]
+    if "mixture" not in card:
+        return looks[0].rows, looks[0].sample, []
+    unknown = next((look for look in looks if not look.rows), None)
+    if unknown is not None:
+        return None, {"why": f"how many rows {unknown.name} has is not known: {unknown.sample.get('why')}"}, []
+    measured = all("why" not in look.sample for look in looks)
+    if not measured and any(map(_by_tokens, _entries(card))):
+        why = next(f"{look.name}: {look.sample['why']}" for look in looks if "why" in look.sample)
+        return None, {"why": why}, []
+    response, tokens = (
+        [[round(look.sample[kind]) if measured else 1] * int(look.rows or 0) for look in looks]
+        for kind in ("response", "tokens")
+    )
+    drawn = mixed_places(card, response, config.seed, tokens=tokens)
+    counts = [int((drawn.source == k).sum()) for k in range(len(looks))]
+    found = [_expected(look, count, measured) for look, count in zip(looks, counts, strict=True)]
+    if not measured:
+        why = next(f"{look.name}: {look.sample['why']}" for look in looks if "why" in look.sample)
+        return sum(counts), {"why": why}, found
+    names = ("tokens", "media", "response")
+    means = {
+        name: sum(n * look.sample[name] for n, look in zip(counts, looks, strict=True)) / sum(counts) for name in names
+    }
+    most = {name: max(look.sample[name] for look in looks) for name in ("longest", "most_media")}
+    seen = {name: sum(look.sample[name] for look in looks) for name in ("sample", "looked_at")}
+    return sum(counts), {**seen, **means, **most}, found
+
+
+def _expected(look: _Look, count: int, measured: bool) -> dict[str, Any]:
+    """What a source of a mixture gives an epoch."""
+    kinds = ("tokens", "response") if measured else ()
+    return {
+        "name": look.name,
+        "rows": look.rows,
+        "examples": count,
+        **{k: round(count * look.sample[k]) for k in kinds},
+    }
+
+
+def _entries(card: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The entries of a mixture and of those in it."""
+    for entry in card["mixture"]:
+        yield entry
+        if "mixture" in entry["card"]:
+            yield from _entries(entry["card"])
+
+
+def _by_tokens(entry: Mapping[str, Any]) -> bool:
+    return bool({"share", "cap_tokens"} & set(entry))
+
+
+def _copied(source: Source) -> bool:
+    """Whether the rows of a set on the hub are here, in a copy; those of any other source are."""
+    if "hub" not in source.card["source"]:
+        return True
+    root = Path(source.data).expanduser() if source.data else None
+    return root is not None and root.is_dir() and bool(files_of(source.card["source"], root, where=source.name))
+
+
+def _drawn(card: Mapping[str, Any]) -> bool:
     """Whether an embedded set has been drawn already; any other source has."""
     if "embedded" not in card["source"]:
         return True
@@ -82,19 +178,33 @@ def _limited(rows: int | None, config: TrainConfig) -> int | None:
     return min(rows, config.limit) if rows and config.limit else rows
 
 
-def _measure(config: TrainConfig, examples: Sequence[Any]) -> dict[str, Any]:
+def _measure(config: TrainConfig, source: Source) -> dict[str, Any]:
+    """What the first rows that would be trained on measure. Raises RowError for one that training would refuse."""
+    from vlm_dft.examining import examine
     from vlm_dft.models import load_processor
     from vlm_dft.training import make_collator
 
     processor = load_processor(config.model, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
     collator = make_collator(processor, config)
-    try:
-        found = [collator.measure(example) for example in examples]
-    except UserError as error:
-        return {"why": str(error)}
+    drop = (config.rows.get("bad_rows") or source.card.get("bad_rows", "refuse")) == "drop"
+    found: list[Measured] = []
+    looked, why = 0, ""
+    limit = min(config.limit or LOOKED, LOOKED)
+    with closing(examine(source.card, source.data, collator=collator, limit=limit)) as rows:
+        for one in rows:
+            looked += 1
+            if one.outcome.error is not None and not drop:
+                raise one.outcome.error
+            if one.outcome.example is not None and one.measured is not None:
+                found.append(one.measured)
+            why = why or one.outcome.dropped or (one.outcome.error.reason if one.outcome.error is not None else "")
+            if len(found) == SAMPLE:
+                break
+    if not found:
+        return {"why": f"none of the first {looked:,} rows is used" + (f": {why}" if why else "")}
     count = len(found)
     return {
-        "sample": count, "tokens": sum(row.tokens for row in found) / count, "media": sum(row.media for row in found) / count,
+        "sample": count, "looked_at": looked, "tokens": sum(row.tokens for row in found) / count, "media": sum(row.media for row in found) / count,
         "response": sum(row.targets for row in found) / count, "longest": max(row.tokens for row in found),
         "most_media": max(row.media for row in found),
     }  # fmt: skip
@@ -188,7 +298,7 @@ def describe(plan: Plan, found: dict[str, Any]) -> str:
         "",
         f"# global batch: {batch['processes']} processes x {batch['micro_batch']} examples x {batch['accumulation']} accumulated "
         f"= {batch['batch_size']}",
-        f"# source: {yaml.safe_dump(dict(card['source']), default_flow_style=True).strip()}",
+        *_source_lines(card, found.get("mixture", [])),
     ]
     if found["rows"]:
         lasting = "" if int(config.trainer.get("max_steps", -1)) > 0 else f" and {config.epochs:g} epochs"
@@ -198,7 +308,9 @@ def describe(plan: Plan, found: dict[str, Any]) -> str:
     lines += [f"# {_optimiser(config)}"]
     if plan.benchmark is None:
         lines.append("# evaluation: none, the recipe names no benchmark; BENCHMARK= chooses one")
-    if card.get("image_root") and "hub" in card["source"] and config.data is None:
+    if config.data is None and any(
+        one.card.get("image_root") and "hub" in one.card["source"] for one in _sources(plan)
+    ):
         lines.append("# still to say: DATA=, the folder with the images (see the notes)")
     if card.get("notes"):
         lines.append(f"# notes: {str(card['notes']).strip()}")
@@ -208,13 +320,36 @@ def describe(plan: Plan, found: dict[str, Any]) -> str:
     return "\n".join([*lines, "# dry run: no model was loaded, nothing was downloaded"])
 
 
+def _source_lines(card: Mapping[str, Any], mixture: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Where the rows come from; of a mixture what each source gives an epoch."""
+    import yaml
+
+    if "mixture" not in card:
+        return [f"# source: {yaml.safe_dump(dict(card['source']), default_flow_style=True).strip()}"]
+    lines = [
+        f"# mixture, {card.get('order', 'shuffled')}:"
+        + ("" if mixture else " " + ", ".join(e["name"] for e in card["mixture"]))
+    ]
+    all_tokens, all_response = (sum(one.get(kind, 0) for one in mixture) for kind in ("tokens", "response"))
+    for one in mixture:
+        said = f"#   {one['name']}: {one['examples']:,} examples of {one['rows']:,} rows"
+        if all_tokens:
+            said += (
+                f", about {one['tokens']:,} tokens ({one['tokens'] / all_tokens:.1%}), {one['response']:,} of responses "
+                f"({one['response'] / all_response:.1%})"
+            )
+        lines.append(said)
+    return lines
+
+
 def _token_lines(tokens: dict[str, Any]) -> list[str]:
     if "why" in tokens:
         return [f"# tokens: not estimated, {tokens['why']}"]
-    step = tokens["per_step"]
+    step, left_out = tokens["per_step"], tokens["looked_at"] - tokens["sample"]
+    also = f"; {left_out:,} of {tokens['looked_at']:,} rows looked at are not used" if left_out else ""
     return [
         f"# tokens: about {step['tokens']:,} a step ({step['media']:,} of images, {step['response']:,} of responses), estimated from "
-        f"{tokens['sample']} rows; the longest of them has {tokens['longest']:,}"
+        f"{tokens['sample']} rows; the longest of them has {tokens['longest']:,}{also}"
     ]
 
 

@@ -36,15 +36,29 @@ class ModelError(UserError):
 
 
 class RowError(UserError):
-    """A data row that cannot become an example; the message names the row, what was expected and what was found."""
+    """A data row that cannot become an example; the message names the row, what was expected and what was found.
+
+    reason: the fault in a few words that are the same for every row that has it ("image missing"), for counting.
+    """
+
+    reason: str = "cannot be used"
+
+    def __init__(self, message: str, reason: str | None = None) -> None:
+        super().__init__(message)
+        if reason is not None:
+            self.reason = reason
 
 
 class ImageError(RowError):
     """An image that is missing, unreadable or not an image."""
 
+    reason = "image missing or unreadable"
+
 
 class MaskError(RowError):
     """A response mask that could not be made or failed its proof. Names the sample, the check, expected and found."""
+
+    reason = "response mask cannot be proved"
 
 
 def printable(text: str) -> str:

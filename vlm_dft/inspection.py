@@ -15,8 +15,9 @@ from vlm_dft.chat import Example
 from vlm_dft.errors import RowError, printable
 from vlm_dft.explain import Explained, TokenView, mask_report
 from vlm_dft.fitting import fit
-from vlm_dft.recipes import example_of, recipe_root
-from vlm_dft.rows import read_rows
+from vlm_dft.mixture_cards import sources_in
+from vlm_dft.recipes import Outcome, places, recipe_root
+from vlm_dft.row_examples import filtered, made_of
 
 if TYPE_CHECKING:
     from vlm_dft.collators import ChatCollator
@@ -69,10 +70,17 @@ class Inspected:
 def inspect_rows(
     card: Mapping[str, Any], data: str | None, collator: ChatCollator, *, start: int = 0, count: int = 5
 ) -> Iterator[Inspected]:
-    """Rows [start, start + count) of a recipe, one after the other. Raises RowError if there is none."""
+    """Rows [start, start + count) of a recipe, of each source of a mixture, one after the other. Raises RowError if there is none."""
+    for source in sources_in(card, data):
+        yield from _of_source(source.card, source.data, collator, start, count)
+
+
+def _of_source(
+    card: Mapping[str, Any], data: str | None, collator: ChatCollator, start: int, count: int
+) -> Iterator[Inspected]:
     root, where = recipe_root(card, data), f"Recipe {card['name']!r}"
     k, shown = 0, 0
-    for k, row in enumerate(read_rows(card["source"], root, where=where), 1):
+    for k, row in enumerate(places(card, root), 1):
         if k > start:
             yield _inspect(card, row, root, collator)
             shown += 1
@@ -82,10 +90,17 @@ def inspect_rows(
         raise RowError(f"{where} has {k} rows, so none at --start {start} (the first is 0).")
 
 
-def _inspect(card: Mapping[str, Any], row: Mapping[str, Any], root: Path | None, collator: ChatCollator) -> Inspected:
-    name = f"{card['name']} {row['id']}"
+def _inspect(
+    card: Mapping[str, Any], row: Mapping[str, Any] | Outcome, root: Path | None, collator: ChatCollator
+) -> Inspected:
+    name = f"{card['name']} {row.id if isinstance(row, Outcome) else row['id']}"
+    if isinstance(row, Outcome) and row.error is not None:
+        return Inspected(name, failed=str(row.error))
     try:
-        example = example_of(card, row, root)
+        if not isinstance(row, Outcome) and (why := filtered(card, row)):
+            return Inspected(name, dropped=why)
+        example, changed = (row.example, row.changed) if isinstance(row, Outcome) else made_of(card, row, root)
+        assert example is not None, "the outcome of a place is an error or an example"
         measured, effect = collator.measure(example), ""
         if collator.max_length is not None and measured.tokens > collator.max_length:
             fitted, effect = fit(collator, example, name)
@@ -97,6 +112,7 @@ def _inspect(card: Mapping[str, Any], row: Mapping[str, Any], root: Path | None,
         explained = collator.explain(example)
     except RowError as error:
         return Inspected(name, failed=str(error))
+    explained.notes.extend(note for note in changed if note not in explained.notes)
     explained.notes.extend([effect] if effect and effect not in explained.notes else [])
     return Inspected(name, example, explained, _pieces(explained, example, collator.processor))
 
@@ -213,7 +229,7 @@ def draw_summary(rows: Sequence[Inspected]) -> Text:
     )
     failed, dropped = sum(bool(row.failed) for row in rows), sum(bool(row.dropped) for row in rows)
     if dropped:
-        text.append(f"\n{dropped} of {len(rows)} rows dropped, being too long", style=DROPPED)
+        text.append(f"\n{dropped} of {len(rows)} rows dropped", style=DROPPED)
     if failed:
         text.append(f"\n{failed} of {len(rows)} rows cannot be trained on", style=ERROR)
     return text

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
-from vlm_dft.chat import MARKERS, Example, Message, count_markers, is_trained, text_of
+from vlm_dft.chat import Example, Message, is_trained, text_of
 from vlm_dft.errors import MaskError
+from vlm_dft.markers import MARKERS, count_markers
 from vlm_dft.templates import ChatTemplate
 
 FIRST_SENTINEL = 0x100000  # private-use characters of plane 16: no tokenizer or template gives them a meaning

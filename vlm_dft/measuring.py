@@ -81,3 +81,10 @@ def _summary(row: Row, runs: Sequence[Ints], repeats: Ints, media: int, marked: 
         int(upto[-1]), media, len(targets), int(upto[runs[-1][0]]) if ends else int(upto[-1]), int(upto[ends]),
         int(upto[last_media]),
     )  # fmt: skip
+
+
+def within(measured: Measured, max_length: int | None) -> tuple[int, int, int]:
+    """(all, media, response) tokens that are trained on: what is over max_length, after the media, is cut."""
+    over = max(0, measured.tokens - max_length) if max_length else 0
+    unlearnt = max(0, measured.ends - max_length) if max_length else 0
+    return measured.tokens - over, measured.media, measured.targets - unlearnt

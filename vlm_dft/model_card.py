@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from vlm_dft.accounting import TITLES, account_cells
 from vlm_dft.locate import EMBEDDED
 from vlm_dft.reporting import percent, table_rows
 from vlm_dft.runs import write_text
@@ -64,6 +65,8 @@ def model_card(facts: Mapping[str, Any], exported: Mapping[str, Any] | None = No
     ):  # fmt: skip
         if rows:
             blocks += [f"## {title}", _table(("", ""), rows) if isinstance(rows[0], tuple) else "\n".join(rows)]
+        if title == "Data" and (sources := _sources(facts)):
+            blocks.append(sources)
     evaluation = _evaluation(facts)
     if evaluation:
         blocks += ["## Evaluation", evaluation]
@@ -107,20 +110,31 @@ def _front(base: str, adapter: bool, facts: Mapping[str, Any]) -> str:
 
 def _data(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     recipe = facts.get("recipe", {})
-    account = (facts.get("accounting", {}).get("sources") or [{}])[0]
+    accounting = facts.get("accounting", {})
+    total = accounting.get("total", {})
     rows = [("recipe", f"{recipe['name']}: {str(recipe.get('description', '')).strip()}")] if recipe.get("name") else []
     if recipe.get("licence"):
         rows.append(("licence of the data", str(recipe["licence"])))
-    if "used" in account:
-        rows.append(("rows", f"{account['read']:,} read, {account['used']:,} used"))
-        rows += [("dropped", f"{found['rows']:,}: {reason}") for reason, found in account.get("dropped", {}).items()]
-        rows += [("changed", f"{found['rows']:,}: {effect}") for effect, found in account.get("changed", {}).items()]
-        tokens = account.get("tokens", {})
-        if tokens:
-            rows.append(("tokens", ", ".join(f"{count:,} {kind}" for kind, count in tokens.items())))
-    if account.get("fingerprint"):
-        rows.append(("fingerprint of the rows", f"`{account['fingerprint'][:16]}`"))
+    if total:
+        examples = f", {total['examples']:,} examples an epoch" if total["examples"] != total["used"] else ""
+        rows.append(("rows", f"{total['read']:,} read, {total['used']:,} used{examples}"))
+        rows += [("dropped", f"{count:,}: {reason}") for reason, count in total["dropped"].items()]
+        rows += [("changed", f"{count:,}: {effect}") for effect, count in total["changed"].items()]
+        if total.get("duplicates"):
+            rows.append(("the same as an earlier row", f"{total['duplicates']:,}"))
+        rows.append(("tokens", ", ".join(f"{count:,} {kind}" for kind, count in total["tokens"].items())))
+        rows.append(("fingerprint of the examples", f"`{total['fingerprint'][:16]}`"))
     return rows
+
+
+def _sources(facts: Mapping[str, Any]) -> str:
+    """What each source of a mixture gave."""
+    sources = facts.get("accounting", {}).get("sources", [])
+    if len(sources) < 2:
+        return ""
+    rows = [(source["source"], source.get("licence", ""), *account_cells(source)) for source in sources]
+    said = "Tokens of an epoch; the share is that of the response tokens.\n\n"
+    return said + _table(("source", "licence", *TITLES), rows)
 
 
 def _training(facts: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 import json
 import os
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,26 +14,27 @@ from typing import Any
 import torch
 import yaml
 
-from vlm_dft.bars import Bar
 from vlm_dft.benchmarks import load_benchmark, score_predictions
 from vlm_dft.cards import nearest
 from vlm_dft.chat import Example, Sample
 from vlm_dft.collators import ChatCollator
 from vlm_dft.config import TrainConfig
-from vlm_dft.errors import ConfigError, RowError
+from vlm_dft.errors import ConfigError
 from vlm_dft.explain import mask_report
 from vlm_dft.finishing import read_finished
-from vlm_dft.fitting import fit
+from vlm_dft.gathering import Gathered, gather, say_account
 from vlm_dft.generation import generate
 from vlm_dft.kinds import MEANING
 from vlm_dft.loss_head import attach_loss
 from vlm_dft.metrics import summarise
+from vlm_dft.mixed import places_by_source
+from vlm_dft.mixture_cards import entry_objectives, sources_in
 from vlm_dft.model_card import write_card
 from vlm_dft.models import device_kind, load_model, load_processor
 from vlm_dft.preflight import Plan
 from vlm_dft.probing import gauge
 from vlm_dft.progress import read_metrics
-from vlm_dft.recipes import Accounting, load_recipe
+from vlm_dft.recipes import said_format, said_source
 from vlm_dft.reporting import report_table, write_report
 from vlm_dft.runs import begun, hold, write_json, write_provenance, write_text
 from vlm_dft.training import leave_engines, make_collator, train_objective
@@ -63,20 +62,18 @@ def _run(plan: Plan, first: bool, echo: Echo) -> dict[str, Any]:
     started = time.monotonic()
     echo(f"[1/4] data: {config.recipe}, {plan.recipe['description'].strip()}")
     processor = load_processor(config.model, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
-    examples, account = load_recipe(plan.recipe, config.data, limit=config.limit)
-    examples = keep_fitting(examples, account, make_collator(processor, config))
-    echo(f"      {_account_line(account)}")
-    check_sources(config, examples)
+    gathered = gather_for(config, plan.recipe, processor, echo)
+    examples = gathered.examples
+    check_sources(config, plan.recipe, examples)
     prior: dict[str, Any] = {}
-    account.fingerprint = fingerprint(examples)
     if first:
-        _check_same_data(output, account)
+        _check_same_data(output, gathered.fingerprint)
         masks, prior = _kept_look(output) or _look_before(config, processor, examples, echo)
         write_provenance(output, config)  # now that the data are known to be good: a failed start claims nothing
         for kind, card in (("recipe", plan.recipe), ("benchmark", plan.benchmark)):
             if card is not None:
                 write_text(output / f"{kind}.yaml", yaml.safe_dump(card, sort_keys=False))
-        write_json(output / "accounting.json", {"sources": [account.as_dict()]})
+        write_json(output / "accounting.json", gathered.accounting)
         write_json(output / "mask_report.json", masks)
         write_json(output / "prior.json", prior)
     trained = {}
@@ -84,7 +81,7 @@ def _run(plan: Plan, first: bool, echo: Echo) -> dict[str, Any]:
         echo(f"[3/4] training: {objective}, {config.steps(len(examples))} steps of {config.batch_size} examples")
         at = time.monotonic()
         checkpoint = train_objective(
-            config, objective, examples, plan.folder(objective), lengths=account.lengths, echo=echo if first else None
+            config, objective, examples, plan.folder(objective), lengths=gathered.lengths, echo=echo if first else None
         )
         finished = (read_finished(plan.folder(objective)) or {}) if first else {}
         trained[objective] = {
@@ -96,7 +93,7 @@ def _run(plan: Plan, first: bool, echo: Echo) -> dict[str, Any]:
     leave_engines()
     if not first:
         return {}
-    report = _evaluate_all(plan, prior, trained, account, echo)
+    report = _evaluate_all(plan, prior, trained, gathered.accounting, echo)
     for objective in config.objective:
         write_card(plan.folder(objective), plan.folder(objective))
     _show(report, output, echo)
@@ -110,10 +107,25 @@ def read_parts(folder: Path) -> dict[str, Any]:
     return {"parts": json.loads(file.read_text(encoding="utf-8"))["parts"]} if file.is_file() else {}
 
 
-def check_sources(config: TrainConfig, examples: Sequence[Example]) -> None:
-    """Refuse an objective for a source that no row is of: it would be trained otherwise in silence. Raises ConfigError."""
-    known = dict.fromkeys(example.source for example in examples)
-    for source in config.collator.get("source_objectives", {}):
+def gather_for(config: TrainConfig, card: Mapping[str, Any], processor: Any, echo: Echo) -> Gathered:
+    """What a config trains on, how it is read and its account said."""
+    for one in sources_in(card, config.data):
+        echo(f"      {one.name}: {said_source(one.card, one.data)}; format {said_format(one.card, one.data)}")
+    gathered = gather(
+        card, config.data, make_collator(processor, config), seed=config.seed, echo=echo, **config.rows
+    )  # fmt: skip
+    say_account(gathered.accounting, echo)
+    return gathered
+
+
+def check_sources(config: TrainConfig, card: Mapping[str, Any], examples: Sequence[Example]) -> None:
+    """Refuse an objective for a source that no row is of, or that has another: it would not be trained so. Raises ConfigError."""
+    known, own = places_by_source(examples), entry_objectives(card)
+    for source, objective in config.collator.get("source_objectives", {}).items():
+        if source in own and own[source] != objective:
+            raise ConfigError(
+                f"source_objectives trains {source!r} with {objective}, the mixture's card with {own[source]}. Take it out of one of them."
+            )
         if source not in known:
             raise ConfigError(
                 f"source_objectives names {source!r}, but no row is of that source.{nearest(source, known)} Sources: "
@@ -121,63 +133,17 @@ def check_sources(config: TrainConfig, examples: Sequence[Example]) -> None:
             )
 
 
-def fingerprint(examples: Sequence[Example]) -> str:
-    """A hash of what is trained on, in order: messages, tools, and media (files by their size in bytes)."""
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(json.dumps([example.id, example.source, example.messages, example.tools], default=str).encode())
-        for source in (*example.images, *example.videos):
-            digest.update(_identity(source))
-    return digest.hexdigest()
-
-
-def _identity(source: Any) -> bytes:
-    """What tells a media source from another: a file's size, a text, bytes, a picture's pixels, each frame of a list."""
-    if isinstance(source, (list, tuple)):
-        return b"".join(map(_identity, source))
-    if isinstance(source, (str, Path)) and os.path.isfile(source):
-        return str(Path(source).stat().st_size).encode()
-    if isinstance(source, Mapping):
-        return _identity(source.get("bytes") or source.get("path"))
-    pixels = getattr(source, "tobytes", None)
-    return source if isinstance(source, bytes) else pixels() if callable(pixels) else str(source).encode()
-
-
-def _check_same_data(output: Path, account: Accounting) -> None:
+def _check_same_data(output: Path, now: str) -> None:
     """Refuse to continue a run on other data than it was begun with."""
     before = output / "accounting.json"
     if begun(output) and before.is_file():
-        found = json.loads(before.read_text(encoding="utf-8"))["sources"][0]["fingerprint"]
-        if found != account.fingerprint:
+        said = json.loads(before.read_text(encoding="utf-8"))
+        found = (said.get("total") or said["sources"][0])["fingerprint"]  # the latter in folders of earlier versions
+        if found != now:
             raise ConfigError(
-                f"OUTPUT {str(output)!r} was begun on other rows (fingerprint {found[:12]}, now {account.fingerprint[:12]}): "
+                f"OUTPUT {str(output)!r} was begun on other rows (fingerprint {found[:12]}, now {now[:12]}): "
                 "the recipe or its files have changed. Choose another OUTPUT=, or remove that folder."
             )
-
-
-def keep_fitting(examples: Sequence[Example], account: Accounting, collator: ChatCollator) -> list[Example]:
-    """Measure every example, fit those over max_length by the collator's `too_long`, and account for all that was done."""
-    kept, limit = [], collator.max_length or 0
-    for example in _bar(examples, "measuring"):
-        measured, fitted = collator.measure(example), example
-        if limit and measured.tokens > limit:
-            found, effect = fit(collator, example, f"{example.source} row {example.id}")
-            if found is None:
-                account.drop(effect.removeprefix("dropped: "), example.id)
-                continue
-            account.changed.setdefault(effect, []).append(example.id)
-            measured, fitted = collator.measure(found), found
-        cut = max(0, measured.tokens - limit) if limit else 0
-        unlearnt = max(0, measured.ends - limit) if limit else 0
-        account.used += 1
-        account.sources[example.source] += 1
-        account.notes.update(measured.notes)
-        account.lengths.append(measured.tokens - cut)
-        account.tokens.update(all=measured.tokens - cut, media=measured.media, response=measured.targets - unlearnt)
-        kept.append(fitted)
-    if not kept:
-        raise RowError(f"All {account.read} rows of {account.source} are over max_length = {limit} tokens. Raise it.")
-    return kept
 
 
 def evaluate(
@@ -211,12 +177,11 @@ def _kept_look(output: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
 
 
 def _look_before(
-    config: TrainConfig, processor: Any, examples: list[Example], echo: Echo
+    config: TrainConfig, processor: Any, examples: Sequence[Example], echo: Echo
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Spell out the first masks, and gauge the model's prior on the responses before it is trained on them."""
     masks = mask_report([make_collator(processor, config, packing=False).explain(e) for e in examples[:SHOWN_MASKS]])
-    sources = Counter(example.source for example in examples)
-    count = sum(min(GAUGE_EXAMPLES, rows) for rows in sources.values())
+    count = sum(min(GAUGE_EXAMPLES, len(places)) for places in places_by_source(examples).values())
     echo(f"[2/4] prior of {config.model} on {count} of the responses, before training")
     found = gauge_examples(config, processor, examples)
     echo(f"      mean p of {found['tokens']:,} response tokens {found['mean_p']:.3f} ± {found['stderr_p']:.3f}; "
@@ -237,16 +202,17 @@ def gauge_examples(
     config: TrainConfig, processor: Any, examples: Sequence[Example], count: int = GAUGE_EXAMPLES
 ) -> dict[str, Any]:
     """Gauge the model's prior on so many examples of each source, spread evenly over it, with their pictures and without."""
-    by_source: dict[str, list[Example]] = {}
-    for example in examples:
-        by_source.setdefault(example.source, []).append(example)
+    by_source = places_by_source(examples)
     chosen = [
-        rows[k * len(rows) // n] for rows in by_source.values() for n in [min(count, len(rows))] for k in range(n)
+        places[k * len(places) // n]
+        for places in by_source.values()
+        for n in [min(count, len(places))]
+        for k in range(n)
     ]
     collator = make_collator(processor, config, packing=False, tag_sources=list(by_source))
     size = max(config.micro_batch, 8)
     model = attach_loss(load_model(config.model)).to(device_kind())
-    batches = (collator(chosen[k : k + size]) for k in range(0, len(chosen), size))
+    batches = (collator([examples[j] for j in chosen[k : k + size]]) for k in range(0, len(chosen), size))
     found = gauge(model, batches, sources=list(by_source), blank=True)
     del model
     gc.collect()
@@ -254,7 +220,7 @@ def gauge_examples(
 
 
 def _evaluate_all(
-    plan: Plan, prior: dict[str, Any], trained: dict[str, Any], account: Accounting, echo: Echo
+    plan: Plan, prior: dict[str, Any], trained: dict[str, Any], accounting: Mapping[str, Any], echo: Echo
 ) -> dict[str, Any]:
     config, output = plan.config, plan.output
     runs: dict[str, Any] = {}
@@ -282,7 +248,7 @@ def _evaluate_all(
         gauge=prior,
         recipe=plan.recipe,
         config=config.as_dict(),
-        accounting=account.as_dict(),
+        accounting=accounting,
         samples=splits,
         folders={"base": output / "base", **{o: plan.folder(o) for o in trained}},
         watched={o: plan.folder(o) for o in trained},
@@ -292,11 +258,9 @@ def _evaluate_all(
 def probe(config: TrainConfig, card: Mapping[str, Any], *, count: int, echo: Echo) -> dict[str, Any]:
     """Gauge a model on a recipe without training it: probing.gauge's findings, and how many rows they are from."""
     processor = load_processor(config.model, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
-    examples, account = load_recipe(card, config.data, limit=config.limit)
-    examples = keep_fitting(examples, account, make_collator(processor, config))
-    echo(_account_line(account))
-    found = gauge_examples(config, processor, examples, count)
-    return {"recipe": config.recipe, "model": config.model, "accounting": account.as_dict(), **found}
+    gathered = gather_for(config, card, processor, echo)
+    found = gauge_examples(config, processor, gathered.examples, count)
+    return {"recipe": config.recipe, "model": config.model, "accounting": gathered.accounting, **found}
 
 
 def _predict_and_score(
@@ -321,22 +285,3 @@ def _show(report: dict[str, Any], output: Path, echo: Echo) -> None:
     for objective, row in report["training"].items():
         echo(f"checkpoint ({objective}): {row['checkpoint']}")
     echo(f"report: {output / 'report.json'}\n        {output / 'report.html'}")
-
-
-def _account_line(account: Accounting) -> str:
-    tokens = account.tokens
-    dropped = "; ".join(f"{len(ids)} dropped, {reason}" for reason, ids in account.dropped.items()) or "none dropped"
-    said = [f"{len(ids):,} rows: {effect}" for effect, ids in account.changed.items()]
-    said += [f"{count:,} rows: {note}" for note, count in account.notes.items()]
-    line = (
-        f"{account.read:,} rows read, {account.used:,} used, {dropped}; {tokens['all']:,} tokens, {tokens['media']:,} of "
-        f"images, {tokens['response']:,} of responses"
-    )
-    return "\n      ".join([line, *said])
-
-
-def _bar(items: Sequence[Example], title: str) -> Iterable[Example]:
-    with Bar(len(items), title if len(items) >= 1000 else None, "row") as bar:
-        for item in items:
-            yield item
-            bar.update()

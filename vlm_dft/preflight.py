@@ -17,7 +17,7 @@ from vlm_dft.dimensions import dimensions_of
 from vlm_dft.engines import Engine, check_devices, check_engine, check_installed
 from vlm_dft.errors import CardError, ConfigError, ModelError
 from vlm_dft.locate import resolve_model
-from vlm_dft.recipes import read_recipe, recipe_root
+from vlm_dft.recipes import check_places, read_recipe
 from vlm_dft.runs import claim_folder, default_output, path_name
 from vlm_dft.targets import match_targets
 
@@ -48,6 +48,7 @@ def check_run(config: TrainConfig, *, dry_run: bool = False) -> Plan:
     recipe = read_recipe(config.recipe)
     name = config.benchmark if config.benchmark is not None else recipe.get("benchmark")
     benchmark = None if name in (None, "none") else read_benchmark(str(name))
+    _check_order(recipe, config)
     check_boards(config.trainer.get("report_to", "tensorboard"))
     world = int(os.environ.get("WORLD_SIZE", "1"))
     config = replace(config, output=config.output or default_output(config), benchmark=str(name) if name else "none")
@@ -70,12 +71,21 @@ def check_run(config: TrainConfig, *, dry_run: bool = False) -> Plan:
             f"bash scripts/train_qwenvl.sh (on several nodes NNODES= too), or with {_launcher(config)}."
         )
     _check_devices(config, engine)
-    recipe_root(recipe, config.data)
+    check_places(recipe, config.data)
     if benchmark is not None:
         _check_benchmark_files(benchmark, config)
     if int(os.environ.get("RANK", "0")) == 0:
         claim_folder(Path(str(config.output)), config)
     return Plan(config, recipe, benchmark)
+
+
+def _check_order(recipe: dict[str, Any], config: TrainConfig) -> None:
+    found = config.trainer.get("train_sampling_strategy", "random")
+    if recipe.get("order") == "curriculum" and found != "sequential":
+        raise ConfigError(
+            f"Recipe {recipe['name']!r} is a curriculum, but train_sampling_strategy = {found} shuffles it. Leave that out, or use a copy of the "
+            "card with order: shuffled."
+        )
 
 
 def _launcher(config: TrainConfig) -> str:

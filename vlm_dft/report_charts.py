@@ -216,6 +216,32 @@ def histogram_figure(panels: Sequence[Panel], title: str) -> str:
     return _svg(width, 30 + len(panels) * (height + gap), title, parts, kind="histogram")
 
 
+def counts_figure(bins: Rows, title: str, unit: str) -> str:
+    """A histogram of counts: bars between `from` and `to`, drawn equally wide and named where there is room."""
+    width, height, left, top, bottom = 320, 190, 46, 24, 26
+    ticks = _ticks(0.0, max(row["count"] for row in bins))
+    base, step = height - bottom, (width - left - 10) / len(bins)
+    parts = [f"<text class=title x=0 y=12>{escape(title)}</text>"]
+    for tick in ticks:
+        y = base - tick / ticks[-1] * (base - top)
+        parts.append(f"<line class=grid x1={left} x2={width - 10} y1={y:.1f} y2={y:.1f} />")
+        parts.append(f"<text class=tick x={left - 5} y={y + 4:.1f} text-anchor=end>{tick:,g}</text>")
+    for k, row in enumerate(bins):
+        tall = row["count"] / ticks[-1] * (base - top)
+        tip = f"{_edge(row['from'])} to {_edge(row['to'])} {unit}: {row['count']:,}"
+        parts.append(
+            f"<g><title>{escape(tip)}</title><rect class=c1 x={left + k * step + 0.5:.1f} y={base - tall:.1f} "
+            f"width={max(step - 1, 1):.1f} height={tall:.1f} /></g>"
+        )
+    for k in sorted({0, len(bins) // 2, len(bins)}):
+        edge, anchor = (bins[k]["from"] if k < len(bins) else bins[-1]["to"]), "start" if k == 0 else "middle"
+        anchor = "end" if k == len(bins) else anchor
+        parts.append(
+            f"<text class=tick x={left + k * step:.1f} y={height - 10} text-anchor={anchor}>{_edge(edge)}</text>"
+        )
+    return _svg(width, height, title, parts, kind="curve")
+
+
 def lines_figure(lines: Mapping[str, Sequence[tuple[float, float]]], title: str, x_name: str, y_name: str) -> str:
     """Curves over [0, 1] and their names; y from 0 to the largest value."""
     width, height, left, top, right, bottom = 560, 340, 44, 32, 110, 40
@@ -274,6 +300,10 @@ def _ticks(low: float, high: float) -> list[float]:
     step = next(m * unit for m in (0.2, 0.25, 0.5, 1, 2, 2.5, 5, 10) if span / (m * unit) <= 4)
     first, last = math.floor(low / step), math.ceil(high / step)
     return [round(k * step, 12) for k in range(first, max(last, first + 1) + 1)]
+
+
+def _edge(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _finite(value: Any) -> bool:

@@ -10,6 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from vlm_dft.accounting import TITLES, account_cells, account_lines
 from vlm_dft.chat import Sample, text_of
 from vlm_dft.errors import ImageError
 from vlm_dft.media import open_image
@@ -48,6 +49,7 @@ def render_report(
         _curves(curves),
         watch_section(watched or {}, report["training"], {name: _colour([BASE, *curves], name) for name in curves}),
         _samples(list(report["runs"]), samples, scores, responses),
+        _account(report["accounting"]),
         _provenance(report),
     ]
     title = escape(f"{_recipe_name(report)}: {', '.join(report['training']) or 'evaluation'}")
@@ -73,7 +75,7 @@ def _header(report: Mapping[str, Any]) -> str:
         ("Steps", " / ".join(str(row.get("step", row.get("steps"))) for row in report["training"].values()) or None),
         ("Learning rate", config.get("learning_rate")),
         ("Batch size", config.get("batch_size")),
-        ("Examples used", report["accounting"].get("used")),
+        ("Examples used", report["accounting"].get("total", {}).get("used")),
         ("Seed", config.get("seed")),
     ]
     items = "".join(
@@ -302,6 +304,24 @@ def _data_uri(image: Any) -> str:
 def _button(right: str, wrong: str) -> str:
     a, b = escape(right, quote=True), escape(wrong, quote=True)
     return f"<button aria-pressed=false data-right='{a}' data-wrong='{b}'>{a} right, {b} wrong</button>"
+
+
+def _account(accounting: Mapping[str, Any]) -> str:
+    """What became of every row of every source."""
+    if not accounting.get("sources"):
+        return ""
+    sources, total = accounting["sources"], accounting["total"]
+    named = [(source["source"], source) for source in sources] + ([("all", total)] if len(sources) > 1 else [])
+    rows = "".join(
+        f"<tr><th>{escape(name)}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in account_cells(found))}</tr>"
+        for name, found in named
+    )
+    titles = "".join(f"<th>{escape(title)}</th>" for title in ("source", *TITLES))
+    said = "".join(f"<li>{escape(line)}</li>" for line in account_lines(accounting))
+    return (
+        f"<section><h2>Data</h2><div class=scroll><table><tr>{titles}</tr>{rows}</table></div><ul>{said}</ul>"
+        "<p class=note>Tokens are those of an epoch, repeated rows counted each time; the share is that of the response tokens.</p></section>"
+    )
 
 
 def _provenance(report: Mapping[str, Any]) -> str:

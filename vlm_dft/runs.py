@@ -186,7 +186,7 @@ def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        aside.write_text(text, encoding="utf-8")
+        aside.write_text(text, encoding="utf-8", errors="backslashreplace")  # half a surrogate pair: an escape of JSON
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
@@ -204,6 +204,8 @@ def _check_same(output: Path, config: TrainConfig) -> None:
         return
     before: Mapping[str, Any] = yaml.safe_load((output / "config.yaml").read_text(encoding="utf-8")) or {}
     now = config.as_dict()
+    for settings in (before.get("rows") or {}, now["rows"]):
+        settings.pop("workers", None)  # the same rows, sooner or later
     changed = [k for k in now if k not in PLACES_ONLY and before.get(k) != now[k]]
     if changed:
         differences = ", ".join(f"{k}: {before.get(k)!r} there, {now[k]!r} now" for k in changed)

@@ -211,6 +211,7 @@ GROUPS: dict[str, dict[str, Reader]] = {
         "max_pixels": whole(1),
         "hosts": texts,
     },
+    "rows": {"limit": whole(1), "bad_rows": one_of("refuse", "drop"), "workers": whole(0)},
     "evaluation": {
         "eval_limit": whole(1),
         "evaluate_every": whole(1),

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
+from vlm_dft.archives import ZipMember, read_member
 from vlm_dft.errors import ConfigError, ImageError
 
 if TYPE_CHECKING:
@@ -32,8 +33,8 @@ class MediaAccess:
     """Relative paths are taken from here, and every path must lie inside, symlinks resolved. None: no confinement."""
     hosts: frozenset[str] = frozenset()
     """Hosts that http(s) URLs may be fetched from: "host" for the usual port, "host:port" for another. None by default."""
-    max_image_pixels: int = 178_956_970
-    """Width x height that a header may announce; checked before anything is decoded. Pillow's own limit also holds."""
+    max_image_pixels: int = 89_478_485
+    """Width x height that a header may announce, checked before anything is decoded; Pillow warns from this size on."""
     max_bytes: int = 64 * 2**20
     """Of one download."""
     timeout: float = 20.0
@@ -57,7 +58,15 @@ def content_of(source: Any, where: str, access: MediaAccess, kind: str) -> tuple
     if isinstance(source, Mapping):
         if source.get("bytes") is None and source.get("path") is None:
             raise ImageError(f"{where}: expected 'bytes' or 'path' in the {kind}'s dict, found keys {sorted(source)}.")
+        if isinstance(source.get("bytes"), str):
+            return _text_bytes(source["bytes"], where, kind)
         source = source["bytes"] if source.get("bytes") is not None else source["path"]
+    if isinstance(source, ZipMember):
+        if access.root is not None and not source.archive.resolve().is_relative_to(access.root.resolve()):
+            raise ImageError(
+                f"{where}: {short(str(source))} leaves the data folder {str(access.root)!r}. Move it inside."
+            )
+        return io.BytesIO(read_member(source, where=where)), short(str(source))
     if isinstance(source, PILImage.Image):
         return source, f"PIL image of {source.width} x {source.height}"
     if isinstance(source, (bytes, bytearray)):
@@ -75,7 +84,7 @@ def content_of(source: Any, where: str, access: MediaAccess, kind: str) -> tuple
             return _open_file(Path(path), where, access, kind), repr(path)
         if re.match(r"[A-Za-z][\w+.-]*://", source):
             return io.BytesIO(_fetch(source, where, access, kind)), short(source)
-        bare = _bare_base64(source)
+        bare = bare_base64(source)
         if bare is not None and not _exists(source, access):
             return io.BytesIO(bare), f"base64 ({len(bare)} bytes)"
     if isinstance(source, (str, Path)):
@@ -130,13 +139,24 @@ def _data_uri(uri: str, where: str) -> bytes:
         raise ImageError(f"{where}: the data URI {short(uri)} is not valid base64 ({error}).") from error
 
 
-def _bare_base64(text: str) -> bytes | None:
-    """The bytes, where the whole text is base64 and they begin as an image does."""
+def bare_base64(text: str) -> bytes | None:
+    """The bytes, where the whole text is base64 (lines and blanks allowed) and they begin as an image does."""
+    if len(text) < 64 or not re.match(r"[A-Za-z0-9+/\s]{64}", text):
+        return None
+    text = re.sub(r"\s+", "", text) if re.search(r"\s", text) else text
     if len(text) < 64 or len(text) % 4 or not re.fullmatch(r"[A-Za-z0-9+/]+={0,2}", text):
         return None
     if not IMAGE_START.match(base64.b64decode(text[:64])):
         return None
     return base64.b64decode(text, validate=True)
+
+
+def _text_bytes(text: str, where: str, kind: str) -> tuple[IO[bytes], str]:
+    """What stands under 'bytes' as a string: base64 or a data URI, never a path."""
+    raw = _data_uri(text, where) if text.startswith("data:") else bare_base64(text)
+    if raw is None:
+        raise ImageError(f"{where}: expected bytes or base64 under 'bytes' of the {kind}, found {short(text)}.")
+    return io.BytesIO(raw), f"base64 ({len(raw)} bytes)"
 
 
 def _from_array(source: Any, where: str) -> Image:

@@ -17,6 +17,7 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from vlm_dft.adapters import quantization_of
+from vlm_dft.agreement import agreed, check_same_examples
 from vlm_dft.arguments import fit_fsdp, training_arguments_of
 from vlm_dft.benchmarks import load_benchmark
 from vlm_dft.boards import Boards
@@ -31,6 +32,7 @@ from vlm_dft.finishing import finish, finished_lines, read_finished
 from vlm_dft.live import Known, View
 from vlm_dft.locate import base_model, resolve_model
 from vlm_dft.loss_head import Kl, attach_loss, check_loss
+from vlm_dft.mixed import media_of, sources_of
 from vlm_dft.models import (
     check_precision,
     choose_attention,
@@ -60,7 +62,7 @@ from vlm_dft.watching import DEFAULT_LIMIT, Watch
 
 
 class _Rows(Dataset[Example]):
-    def __init__(self, examples: list[Example]) -> None:
+    def __init__(self, examples: Sequence[Example]) -> None:
         self.examples = examples
 
     def __len__(self) -> int:
@@ -68,6 +70,11 @@ class _Rows(Dataset[Example]):
 
     def __getitem__(self, k: int) -> Example:
         return self.examples[k]
+
+    def __getitems__(self, places: list[int]) -> list[Example]:
+        own = getattr(self.examples, "__getitems__", None)
+        found: list[Example] = own(places) if callable(own) else [self.examples[k] for k in places]
+        return found
 
 
 class _Loss(TrainerCallback):
@@ -188,8 +195,8 @@ def needs_dummy_image(model: Any, arguments: TrainingArguments, examples: Sequen
     split = getattr(arguments, "fsdp_plugin_args", None) is not None or (deepspeed is not None and deepspeed.is_zero3())
     if arguments.world_size == 1:
         return False
-    pictures, videos = any(e.images for e in examples), any(e.videos for e in examples)
-    if split and pictures and videos:
+    has = media_of(examples)
+    if split and has["images"] and has["videos"]:
         raise ModelError(
             "ZeRO-3 and FSDP gather the vision tower once for the pictures and once for the videos of a batch, and the processes "
             "would wait for each other where one has no videos. Train pictures and videos apart, or with zero2 or DDP."
@@ -197,14 +204,13 @@ def needs_dummy_image(model: Any, arguments: TrainingArguments, examples: Sequen
     family = find_family(model)
     towers = (p for name, p in model.named_parameters() if part_of(name, family) in ("vision", "merger"))
     trained = any(parameter.requires_grad for parameter in towers)
-    texts = any(not (e.images or e.videos) for e in examples)
-    return texts and (trained or (split and (pictures or videos)))
+    return bool(has["text"] and (trained or (split and (has["images"] or has["videos"]))))
 
 
 def train_objective(
     config: TrainConfig,
     objective: str,
-    examples: list[Example],
+    examples: Sequence[Example],
     folder: Path,
     *,
     lengths: Sequence[int] | None = None,
@@ -236,7 +242,8 @@ def train_objective(
         raise ModelError(
             "Several GPUs in one process would mean DataParallel. Start one process per GPU: NPROC=<GPUs>."
         )
-    last = _agreed(last, arguments)
+    last = agreed(last, arguments)
+    check_same_examples(examples, arguments)
     check_devices(find_engine(config.engine), device_kind())
     if arguments.deepspeed:
         import deepspeed
@@ -246,7 +253,7 @@ def train_objective(
     set_seed(config.seed)  # LoRA draws its start
     model, parts, choices = prepare_model(config)
     fit_fsdp(arguments, model)
-    sources = list(dict.fromkeys(example.source for example in examples))
+    sources = sources_of(examples)
     dummy = {"dummy_image": True} if needs_dummy_image(model, arguments, examples) else {}
     collator = make_collator(processor, config, tag_sources=sources, **_timing(model), **dummy)
     if echo is not None:
@@ -264,7 +271,7 @@ def train_objective(
         echo(f"      {warning}")
 
     seeing = [part for part in SEEING if part in parts.moving]
-    if seeing and not any(example.images or example.videos for example in examples):
+    if seeing and media_of(examples)["text"] == len(examples):
         raise ModelError(
             f"{' and '.join(seeing)} would be trained, but no row has a picture: nothing could move them. Leave them out of train_parts "
             "(or lora_parts)."
@@ -359,17 +366,6 @@ def _pauses(config: TrainConfig, arguments: Any) -> dict[str, int]:
             "saving": min(every, found["saving"]) if config.evaluation.get("keep_best") else found["saving"],
         }
     return found
-
-
-def _agreed(last: Path | None, arguments: Any) -> Path | None:
-    """The first process's checkpoint, in all of them."""
-    if arguments.world_size == 1:
-        return last
-    from accelerate.utils import broadcast_object_list  # type: ignore[import-untyped]
-
-    name = [None if last is None else str(last)]
-    broadcast_object_list(name)
-    return None if name[0] is None else Path(name[0])
 
 
 def leave_engines() -> None:

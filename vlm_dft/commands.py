@@ -1,0 +1,101 @@
+"""Commands: what the commands of `vlm-dft` share: settings of a model's view of a recipe, files checked, lines printed."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from vlm_dft.errors import UserError
+
+RECIPE_HELP = "a card in data_recipes/, a .yaml of your own, or a .json / .jsonl of conversations"
+DATA_HELP = "the folder of the recipe's files"
+MODEL_HELP = "'tiny' (default), a checkpoint folder, or a hub id"
+INSPECT_SETTINGS = {  # of TrainConfig and ChatCollator, checked as those of `train` are
+    "max_length": "longest sample in tokens (default 4096, or the recipe's)",
+    "too_long": "what becomes of longer ones: raise, drop (default), shorten_answer, downscale",
+    "resize": "processor (default), or pillow",
+    "min_pixels": "smallest image area after resizing",
+    "max_pixels": "largest image area after resizing",
+    "hosts": "hosts that images may be fetched from, separated by commas",
+}
+
+
+def add_settings(command: argparse.ArgumentParser) -> None:
+    """The recipe, the model, the data folder and INSPECT_SETTINGS, spelt with - or as `train` spells them."""
+    command.add_argument("recipe", help=RECIPE_HELP)
+    command.add_argument("--model", default="tiny", help=MODEL_HELP)
+    command.add_argument("--data", help=DATA_HELP)
+    for name, text in INSPECT_SETTINGS.items():
+        command.add_argument(*dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name}")), dest=name, help=text)
+
+
+def model_and_recipe(arguments: argparse.Namespace, *, places: bool = True) -> tuple[Any, dict[str, Any]]:
+    """The resolved config and the recipe's card, every name looked up, and every file with `places`. Raises a UserError; nothing is loaded."""
+    from vlm_dft.config import recipe_layer, resolve_config
+    from vlm_dft.locate import resolve_model
+    from vlm_dft.recipes import check_places, read_recipe
+
+    given = ("recipe", "model", "data", *INSPECT_SETTINGS)
+    words = {name: value for name, value in vars(arguments).items() if name in given and value is not None}
+    config = resolve_config((f"recipe {arguments.recipe!r}", recipe_layer(arguments.recipe)), ("command line", words))
+    card = read_recipe(config.recipe)
+    resolve_model(config.model)
+    if places:
+        check_places(card, config.data)
+    return config, card
+
+
+def check_writable(path: str | None, flag: str) -> None:
+    """Whether a file can be made there, before the work is done. Raises UserError."""
+    if path is None:
+        return
+    folder = Path(path).absolute().parent
+    if Path(path).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"{flag} {path!r}: expected the name of a file in a folder that can be written to.")
+
+
+def list_kind(arguments: argparse.Namespace) -> int:
+    """Print the cards of `arguments.kind`, a line each."""
+    import yaml
+
+    from vlm_dft.cards import list_cards
+
+    found = [
+        {
+            "name": name,
+            **{k: v for k, v in yaml.safe_load(path.read_text("utf-8")).items() if k in ("description", "licence")},
+        }
+        for name, path in list_cards(arguments.kind).items()
+    ]
+    width = max(len(card["name"]) for card in found)
+    for card in found:
+        print(f"{card['name']:<{width}} {card['description'].strip()}  [{card['licence']}]")
+    if arguments.json:
+        from vlm_dft.runs import write_json
+
+        write_json(Path(arguments.json), found)
+    return 0
+
+
+def echo(text: Any) -> None:
+    """Print a line or a rich table, on the first process only."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        if isinstance(text, str):
+            print(text, flush=True)
+        else:
+            from rich.console import Console
+
+            Console(width=None if sys.stdout.isatty() else 160).print(text)
+
+
+def quiet() -> None:
+    """Keep libraries' progress bars of loading out of the way of ours; their warnings stay."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing. is deprecated")  # peft asks by the old name
