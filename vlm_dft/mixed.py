@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vlm_dft.chat import Example, Message, is_trained
+from vlm_dft.lazy import Lazy, at_places
 
 Ints = NDArray[np.int64]
 MEDIA = ("images", "videos", "text")
@@ -58,7 +59,7 @@ class Part:
         return self.sources if self.dress.source is None else [self.dress.source] * len(self.sources)
 
 
-class Mixed(Sequence[Example]):
+class Mixed(Lazy):
     """Example k is row[k] of part[k]. Nothing is opened before it is asked for; it can be pickled if its parts can.
 
     sources: what the examples go by, in the order of their first appearance; owners: of each, the index into sources.
@@ -97,25 +98,13 @@ class Mixed(Sequence[Example]):
     def __len__(self) -> int:
         return len(self.part)
 
-    @overload
-    def __getitem__(self, place: int) -> Example: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[Example]: ...
-    def __getitem__(self, place: int | slice) -> Example | list[Example]:
-        if isinstance(place, slice):
-            return self.__getitems__(list(range(*place.indices(len(self)))))
-        part = int(self.part[place])
-        return self.dresses[part](self.rows[part][int(self.row[place])])
-
-    def __getitems__(self, places: list[int]) -> list[Example]:
+    def __getitems__(self, places: Sequence[int]) -> list[Example]:
         """A micro-batch at a time: each part is asked once for all that is its own."""
         found: list[Example | None] = [None] * len(places)
         for part in dict.fromkeys(int(self.part[place]) for place in places):
             at = [k for k, place in enumerate(places) if self.part[place] == part]
             rows = [int(self.row[places[k]]) for k in at]
-            own = getattr(self.rows[part], "__getitems__", None)
-            got = own(rows) if callable(own) else [self.rows[part][row] for row in rows]
-            for k, example in zip(at, got, strict=True):
+            for k, example in zip(at, at_places(self.rows[part], rows), strict=True):
                 found[k] = self.dresses[part](example)
         return [example for example in found if example is not None]
 

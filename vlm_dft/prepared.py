@@ -6,10 +6,11 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 from vlm_dft.chat import Example
 from vlm_dft.errors import CardError, UserError
+from vlm_dft.lazy import Lazy
 from vlm_dft.stores import Range, Store
 
 WHOLE, INDEX = "prepared.json", "index.parquet"  # the first is written last: where it is, all is there
@@ -66,7 +67,7 @@ def prepared_card(url: str | Path) -> dict[str, Any]:
     return {**kept, "source": {"prepared": store.url}, "rows": found["rows"]}
 
 
-class Prepared(Sequence[Example]):
+class Prepared(Lazy):
     """Examples in the order of their recipe, read when they are asked for: exactly the bytes of each, by range.
 
     In memory are an index of some 100 bytes a row, and nothing else. It can be pickled and used on both sides of a fork,
@@ -142,17 +143,6 @@ class Prepared(Sequence[Example]):
 
     def __len__(self) -> int:
         return len(self._where)
-
-    @overload
-    def __getitem__(self, place: int) -> Example: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[Example]: ...
-    def __getitem__(self, place: int | slice) -> Example | list[Example]:
-        if isinstance(place, slice):
-            return self.__getitems__(range(len(self))[place])
-        if not -len(self) <= place < len(self):
-            raise IndexError(f"{self.store} has {len(self):,} examples, and none at {place}.")
-        return self.__getitems__([place % len(self)])[0]
 
     def __getitems__(self, places: Sequence[int]) -> list[Example]:
         """The examples at these places: what lies together is read together, and nothing twice."""

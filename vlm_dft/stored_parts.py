@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from vlm_dft.chat import Example
 from vlm_dft.errors import RowError
 from vlm_dft.examining import fitted
 from vlm_dft.fitting import fit
+from vlm_dft.lazy import Lazy, at_places
 from vlm_dft.measuring import within
 from vlm_dft.mixed import Dress, Part
 from vlm_dft.mixture_cards import Source
@@ -32,7 +33,7 @@ Fault = Callable[[RowError, str], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Fitted(Sequence[Example]):
+class Fitted(Lazy):
     """Some of a stored set's examples, those that are too long for a collator made to fit it whenever they are read."""
 
     rows: Sequence[Example]
@@ -43,17 +44,9 @@ class Fitted(Sequence[Example]):
     def __len__(self) -> int:
         return len(self.places)
 
-    @overload
-    def __getitem__(self, k: int) -> Example: ...
-    @overload
-    def __getitem__(self, k: slice) -> list[Example]: ...
-    def __getitem__(self, k: int | slice) -> Example | list[Example]:
-        return self.__getitems__(list(range(len(self)))[k]) if isinstance(k, slice) else self.__getitems__([k])[0]
-
     def __getitems__(self, ks: Sequence[int]) -> list[Example]:
         places = [int(self.places[k]) for k in ks]
-        own = getattr(self.rows, "__getitems__", None)
-        found = own(places) if callable(own) else [self.rows[place] for place in places]
+        found = at_places(self.rows, places)
         return [self._fit(one) if at in self.changed else one for at, one in zip(places, found, strict=True)]
 
     def _fit(self, example: Example) -> Example:

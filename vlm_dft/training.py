@@ -29,6 +29,7 @@ from vlm_dft.engines import check_devices, check_runs, find_engine
 from vlm_dft.errors import ModelError, RowError
 from vlm_dft.families import find_family, part_of
 from vlm_dft.finishing import finish, finished_lines, read_finished
+from vlm_dft.lazy import at_places
 from vlm_dft.live import Known, View
 from vlm_dft.locate import base_model, resolve_model
 from vlm_dft.loss_head import Kl, attach_loss, check_loss
@@ -72,9 +73,7 @@ class _Rows(Dataset[Example]):
         return self.examples[k]
 
     def __getitems__(self, places: list[int]) -> list[Example]:
-        own = getattr(self.examples, "__getitems__", None)
-        found: list[Example] = own(places) if callable(own) else [self.examples[k] for k in places]
-        return found
+        return at_places(self.examples, places)
 
 
 class _Loss(TrainerCallback):
