@@ -4,6 +4,7 @@ python tests/prepare_worker.py DATA OUTPUT [WORKERS [SECONDS TO REST AT EACH ROW
 """
 
 import multiprocessing
+import signal
 import sys
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ from vlm_dft.shards import Pack
 
 data, output, workers, rest, begun = [*sys.argv[1:], "0", "0", ""][:5] if len(sys.argv) < 6 else sys.argv[1:6]
 preparing.SHARD_PLACES = 40
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs us in the background has it ignored
 
 
 class Slowly(Pack):
