@@ -85,6 +85,12 @@ def stream_ours(folder: Path, rows: int, kind: str) -> Callable[[], int]:
     return lambda: through(o.example for o in outcomes(card_of(kind, rows), str(folder)))
 
 
+def rows_ours(folder: Path, rows: int, kind: str) -> Callable[[], int]:
+    from vlm_dft.rows import read_rows
+
+    return lambda: through(read_rows(card_of(kind, rows)["source"], folder, where="rows"))
+
+
 def stream_datasets(folder: Path, rows: int, kind: str) -> Callable[[], int]:
     import datasets
 
@@ -179,6 +185,7 @@ def first_batch(folder: Path, rows: int) -> Callable[[], int]:
 JOBS: dict[str, Callable[..., Callable[[], int]]] = {
     function.__name__: function
     for function in (
+        rows_ours,
         stream_ours,
         stream_datasets,
         measure_ours,
@@ -290,7 +297,8 @@ def main() -> None:
                 ("jsonl", "JSON lines, pictures by path, streamed"),
                 ("parquet", "parquet, pictures embedded, streamed"),
             ):
-                lines.append(compare(rounds, title, ("stream_ours", kind), ("stream_datasets", kind), folder, rows))
+                for function, what in (("rows_ours", f"{title}, rows alone"), ("stream_ours", f"{title}, as Examples")):
+                    lines.append(compare(rounds, what, (function, kind), ("stream_datasets", kind), folder, rows))
             made = run("prepare_ours", folder, rows, 0)
             more.append(row_of("prepare", rows, made))
             run("to_disk", folder, rows)
@@ -313,8 +321,8 @@ def main() -> None:
         f"First batch of {BATCH} from the prepared {sizes[-1]:,} rows, in a fresh process: {first['seconds']:.2f} s from opening to tensors, "
         f"the tiny processor loaded within (imports before it: {first['imports']:.1f} s).", "",
         f"`python benchmarks/recipes.py --rounds {rounds}`, {os.cpu_count()} cores, {versions}, commit {commit.stdout.strip()}; "
-        f"{time.monotonic() - began:.0f} s. `datasets` gives rows as they are; ours are checked and become Examples, messages parsed. "
-        "Pictures by path are looked for by ours (the file is there, and inside the data folder), and not by datasets.",
+        f"{time.monotonic() - began:.0f} s. `datasets` gives rows as they are, and so do our rows alone; Examples are checked, their messages "
+        "parsed, and pictures by path looked for (the file is there, and inside the data folder), which `datasets` does not.",
     ]) + "\n"  # fmt: skip
     print(text)
     if asked.markdown:
