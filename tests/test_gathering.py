@@ -353,7 +353,7 @@ def test_a_mixture_of_real_sets_has_the_shares_that_its_card_asks_for(
 
 
 class FakePrepared(Sequence[Example]):
-    """What builder D's Prepared offers, in memory."""
+    """What prepared.Prepared offers, in memory."""
 
     def __init__(self, examples: list[Example], tokens: list[tuple[int, int, int]], settings: Any) -> None:
         self.examples, self.measured_with, self.opened = examples, settings, 0
