@@ -285,7 +285,8 @@ class _Job:
         import pyarrow.parquet as pq
 
         raw = pa.BufferReader(self.store.read(f"{JOURNAL}/{_index(number)}"))
-        found: list[bytes] = pq.read_table(raw, columns=["likeness"]).column("likeness").to_pylist()
+        table = pq.ParquetFile(raw).read(columns=["likeness"], use_threads=False)  # forks follow
+        found: list[bytes] = table.column("likeness").to_pylist()
         return found
 
     def _finish(self, aside: Path) -> dict[str, Any]:
