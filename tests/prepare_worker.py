@@ -14,7 +14,8 @@ from vlm_dft.chat import Example
 from vlm_dft.recipes import read_recipe
 from vlm_dft.shards import Pack
 
-data, output, workers, rest, begun = [*sys.argv[1:], "0", "0", ""][:5] if len(sys.argv) < 6 else sys.argv[1:6]
+words = sys.argv[1:]
+data, output, workers, rest, begun = [*words, *["0", "0", ""][len(words) - 2 :]]
 preparing.SHARD_PLACES = 40
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs us in the background has it ignored
 
