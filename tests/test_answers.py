@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from vlm_dft.answers import answer_line, plain, tabmwp_answer, tabmwp_normal
+from vlm_dft.answers import answer_line, plain
+from vlm_dft.official.tabmwp import tabmwp_answer, tabmwp_normal
 
 
 def test_the_last_answer_line_counts() -> None:

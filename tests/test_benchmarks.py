@@ -10,10 +10,11 @@ import pytest
 import yaml
 from PIL import Image
 
-from vlm_dft.benchmarks import load_benchmark, read_benchmark, score_predictions
+from vlm_dft.benchmarks import load_benchmark, read_benchmark
 from vlm_dft.cards import list_cards
 from vlm_dft.chat import text_of
 from vlm_dft.errors import CardError, RowError
+from vlm_dft.predictions import score_predictions
 from vlm_dft.prompts import prompt_text
 
 CARD: dict[str, Any] = {

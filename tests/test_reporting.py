@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from vlm_dft.benchmarks import score_predictions
 from vlm_dft.chat import Sample
 from vlm_dft.metrics import summarise
+from vlm_dft.predictions import score_predictions
 from vlm_dft.report_charts import _ticks
 from vlm_dft.report_html import choose_samples
 from vlm_dft.reporting import percent, report_table, write_report

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from vlm_dft import watching
-from vlm_dft.benchmarks import load_benchmark, score_predictions
+from vlm_dft.benchmarks import load_benchmark
 from vlm_dft.cli import main
 from vlm_dft.collators import ChatCollator
 from vlm_dft.config import TrainConfig, resolve_config
@@ -26,6 +26,7 @@ from vlm_dft.evaluations import decided, read_evaluations, read_watched
 from vlm_dft.generation import generate
 from vlm_dft.metrics import summarise
 from vlm_dft.models import load_model
+from vlm_dft.predictions import score_predictions
 from vlm_dft.progress import TIMING, read_metrics
 from vlm_dft.report_watch import choose_changed
 from vlm_dft.stopping import Stopped

@@ -1,9 +1,8 @@
-"""Benchmarks: a benchmark card and a data folder in, evaluation Samples out; and predictions turned into scores."""
+"""Benchmarks: a benchmark card and a data folder in, evaluation Samples out."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,7 @@ from vlm_dft.errors import CardError, RowError
 from vlm_dft.markers import place_media, read_numbered
 from vlm_dft.prompts import prompt_text
 from vlm_dft.rows import locate_images, read_rows, source_root
-from vlm_dft.runs import write_text
-from vlm_dft.scoring import SCORERS, score_response
+from vlm_dft.scoring import SCORERS
 
 REQUIRED = ("description", "licence", "splits", "prompt", "answer", "scorer", "max_new_tokens")
 OPTIONAL = ("paper", "rows", "image", "images", "system", "unit", "options", "record", "groups", "notes")
@@ -70,39 +68,6 @@ def load_benchmark(name: str, data: str | Path | None = None, limit: int | None 
     return splits
 
 
-def score_predictions(
-    samples: Sequence[Sample], predictions: Path, scores: Path, *, rule: str = "official"
-) -> list[dict[str, Any]]:
-    """Score a predictions.jsonl and write scores.jsonl, in the samples' order. Returns its rows. Nothing is generated.
-
-    Raises RowError when a sample has no prediction, or a prediction no sample.
-    """
-    found = {row["id"]: row for row in read_jsonl(predictions)}
-    missing = [sample.id for sample in samples if sample.id not in found]
-    unknown = sorted(set(found) - {sample.id for sample in samples})
-    for ids, what in ((missing, "samples without a prediction"), (unknown, "predictions of unknown samples")):
-        if ids:
-            raise RowError(
-                f"{predictions}: {len(ids)} {what}, first {ids[0]!r}. Is it another benchmark's, or unfinished?"
-            )
-    rows = [score_row(sample, found[sample.id], rule) for sample in samples]
-    write_text(scores, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    return rows
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file. Raises RowError naming the line that is not JSON."""
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise RowError(f"{path}, line {number}: not valid JSON ({error}).") from error
-    return rows
-
-
 def _sample(card: Mapping[str, Any], row: Mapping[str, Any], split: str, root: Path | None) -> Sample:
     where = f"{card['name']}, split {split}, row {row['id']}"
     images = locate_images(card, row, root, where=where)
@@ -128,17 +93,6 @@ def _value(row: Mapping[str, Any], column: str, where: str) -> Any:
     if column not in row:
         raise RowError(f"{where}: no column {column!r}.{nearest(column, row)} Columns found: {', '.join(row)}.")
     return row[column]
-
-
-def score_row(sample: Sample, prediction: Mapping[str, Any], rule: str = "official") -> dict[str, Any]:
-    """A row of scores.jsonl, from a sample and its row of predictions.jsonl."""
-    score = score_response(prediction["response"], sample.record, benchmark=sample.record["scorer"], rule=rule)
-    return {
-        "id": sample.id, "benchmark": sample.benchmark, "split": sample.split, "groups": sample.groups,
-        "correct": score.correct, "extracted": score.extracted, "rule": score.rule,
-        "gold_answer": sample.record["gold_answer"], "finish": prediction.get("finish"), "tokens": prediction.get("tokens"),
-        "scoring": rule,
-    }  # fmt: skip
 
 
 def _expect(card: Mapping[str, Any], key: str, kind: type[dict[Any, Any]] | type[list[Any]], where: str) -> list[Any]:

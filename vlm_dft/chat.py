@@ -67,7 +67,10 @@ class Sample:
     benchmark: str
     split: str
     record: dict[str, Any] = field(default_factory=dict)  # question, choices, unit, precision, gold_answer ...
-    groups: dict[str, str] = field(default_factory=dict)  # what the report breaks accuracy down by
+    groups: dict[str, str | tuple[str, ...]] = field(
+        default_factory=dict
+    )  # what the report breaks accuracy down by; several labels: a tuple
+    cluster: str | None = None  # samples of one problem (versions, variants) share it; None: the id
 
 
 def text_of(content: str | Sequence[Mapping[str, Any]] | None) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,8 +20,11 @@ from vlm_dft.commands import (
     model_and_recipe,
     quiet,
 )
+from vlm_dft.compare_command import add_compare
 from vlm_dft.errors import RowError, UserError, first_to_say, printable
+from vlm_dft.evaluate_command import add_evaluate
 from vlm_dft.recipes_command import add_recipes
+from vlm_dft.score_command import add_score
 
 ENDED_BY_USER = 130  # the shell's exit status for an interrupt
 TRAIN_FLAGS = {  # the settings that `vlm-dft train --help` names; every other field is a flag too
@@ -93,15 +95,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--json", metavar="FILE", help="write the report, or the numbers of the dry run, here too")
     train.set_defaults(run=_train)
 
-    evaluate = commands.add_parser("evaluate", help="evaluate a model on a benchmark")
-    evaluate.add_argument("benchmark", help="a card in eval/, or a .yaml of your own")
-    evaluate.add_argument("--model", required=True, help="'tiny', a checkpoint folder, or a hub id")
-    evaluate.add_argument("--output", required=True, help="folder for predictions.jsonl, scores.jsonl and results.json")
-    evaluate.add_argument("--data", help="the folder of the benchmark's files")
-    evaluate.add_argument("--limit", type=int, help="only the first samples of each split")
-    evaluate.add_argument("--batch-size", type=int, default=32, help="prompts generated at once (default 32)")
-    evaluate.add_argument("--json", metavar="FILE", help="write the result here too")
-    evaluate.set_defaults(run=_evaluate)
+    add_evaluate(commands)
+    add_score(commands)
+    add_compare(commands)
 
     inspect = commands.add_parser(
         "inspect",
@@ -216,28 +212,6 @@ def _take_settings(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
             settings[name.replace("-", "_")] = value
         k += 1
     return kept, settings
-
-
-def _evaluate(arguments: argparse.Namespace) -> int:
-    from vlm_dft.benchmarks import load_benchmark
-    from vlm_dft.locate import resolve_model
-
-    resolve_model(arguments.model)
-    if arguments.limit is not None and arguments.limit < 1:
-        raise UserError(f"--limit must be at least 1, found {arguments.limit}.")
-    if Path(arguments.output).is_file():
-        raise UserError(f"--output {arguments.output!r} is a file. Expected a folder.")
-    load_benchmark(arguments.benchmark, arguments.data, limit=1)  # every check of the card and its files, before torch
-    quiet()
-    from vlm_dft.pipeline import evaluate
-
-    result = evaluate(
-        arguments.benchmark, model=arguments.model, output=Path(arguments.output), data=arguments.data,
-        limit=arguments.limit, batch_size=arguments.batch_size, echo=echo,
-    )  # fmt: skip
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    return 0
 
 
 def _inspect(arguments: argparse.Namespace) -> int:

@@ -225,7 +225,7 @@ def _read_whole_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of an unfinished file; a last line that was cut off while being written is taken out of it."""
     if not path.is_file():
         return []
-    from vlm_dft.benchmarks import read_jsonl
+    from vlm_dft.predictions import read_jsonl
 
     text = path.read_text(encoding="utf-8", errors="replace")
     whole = text[: text.rfind("\n") + 1]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import yaml
 
-from vlm_dft.benchmarks import load_benchmark, score_predictions
+from vlm_dft.benchmarks import load_benchmark
 from vlm_dft.cards import nearest
 from vlm_dft.chat import Example, Sample
 from vlm_dft.collators import ChatCollator
@@ -31,6 +31,7 @@ from vlm_dft.mixed import places_by_source
 from vlm_dft.mixture_cards import entry_objectives, sources_in
 from vlm_dft.model_card import write_card
 from vlm_dft.models import device_kind, load_model, load_processor
+from vlm_dft.predictions import score_predictions
 from vlm_dft.preflight import Plan
 from vlm_dft.probing import gauge
 from vlm_dft.progress import read_metrics

@@ -241,7 +241,7 @@ def choose_samples(
     outcomes: dict[tuple[bool, ...], dict[tuple[str, ...], list[Sample]]] = {}
     for sample in samples:
         outcome = tuple(bool(judged[run][sample.id]["correct"]) for run in judged)
-        kind = (*sample.groups.values(), sample.split)
+        kind = (*map(str, sample.groups.values()), sample.split)
         outcomes.setdefault(outcome, {}).setdefault(kind, []).append(sample)
     queues = []
     for outcome in sorted(outcomes, key=lambda o: (-len(set(o)), o)):  # where the runs differ first

@@ -8,9 +8,9 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from vlm_dft.benchmarks import read_jsonl
 from vlm_dft.chat import Sample
 from vlm_dft.metrics import compare
+from vlm_dft.predictions import read_jsonl
 from vlm_dft.runs import versions, write_json, write_text
 
 BASE = "base"

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
-from vlm_dft.benchmarks import score_row
 from vlm_dft.chat import Sample, text_of
 from vlm_dft.collators import ChatCollator
 from vlm_dft.errors import ImageError, ModelError
@@ -23,6 +22,7 @@ from vlm_dft.evaluations import ANSWERS, EVALUATIONS, decided, read_evaluations
 from vlm_dft.generation import answers
 from vlm_dft.media import open_image
 from vlm_dft.metrics import summarise
+from vlm_dft.predictions import score_row
 from vlm_dft.reporting import percent
 from vlm_dft.runs import write_text
 from vlm_dft.stopping import StopOnSignal

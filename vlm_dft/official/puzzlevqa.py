@@ -1,0 +1,13 @@
+"""PuzzleVQA's official rule: a response and a record in, a Score out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vlm_dft.verdicts import Score
+
+
+def score_puzzlevqa(response: str, sample: Mapping[str, Any]) -> Score:
+    """To be written."""
+    raise NotImplementedError
