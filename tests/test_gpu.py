@@ -48,7 +48,7 @@ def test_every_objective_is_on_the_gpu_what_it_is_on_the_cpu(objective: str, dty
     start = torch.randn(300, 64, generator=draw)
     found = []
     for device in ("cpu", "cuda"):
-        h, w = (t.to(device).requires_grad_() for t in (hidden, weight))
+        h, w = (t.detach().clone().to(device).requires_grad_() for t in (hidden, weight))
         anchor = Anchor(start.to(device), weight.to(device), 0.1, "forward")
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda" and dtype == torch.bfloat16):
             loss, stats = fused_linear_loss(
@@ -99,7 +99,8 @@ def test_an_engine_trains_on_gpus_saves_and_resumes(engine: str, tmp_path: Path)
     words += "--max_steps 4 --save_steps 2 --logging_steps 1 --output run".split() + (
         [] if engine == "ddp" else ["--engine", engine]
     )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+    places = filter(None, [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH")])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
     losses = []
     for _ in range(2):
         subprocess.run([sys.executable, *words], cwd=tmp_path, env=environment, check=True, timeout=500)
