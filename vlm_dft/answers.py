@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 from vlm_dft.number_reading import numbers_in, stated_number
 from vlm_dft.option_reading import leading_letter, letters_named, named_option, option_letters, same_option
-from vlm_dft.statements import Statement, sentences, settled, statements
+from vlm_dft.statements import sentences, settled, statements
 
 Kind = Literal["choice", "number", "list", "text", "expression"]
 

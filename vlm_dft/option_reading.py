@@ -11,10 +11,8 @@ LETTERS = "ABCDEFGH"
 
 MARKS = " \t\r\n*_`\"'“”‘’$#>.,;:!{}\\"
 BRACKETED = re.compile(r"[(\[]\s?\**([A-Za-z])\**\s?[.:]?\s?[)\]]")
-NAMED = re.compile(
-    r"\b(?:options?|choices?|answers?|letter|figure|diagram|picture|image|set|statement|cube|box)\s+[*\"'(\[]{0,3}([A-Z])\b(?![-'’])",
-    re.IGNORECASE,
-)
+KINDS = "options? choices? answers? letter figure diagram picture image set statement cube box".replace(" ", "|")
+NAMED = re.compile(rf"\b(?:{KINDS})\s+[*\"'(\[]{{0,3}}([A-Z])\b(?![-'’])", re.IGNORECASE)
 LEADING = re.compile(
     r"[({\[]?\s?([A-Za-z])\s?(?:[)\]}]|[.:,、;](?=\s|$|[^\x00-\x7f])|[:.]?\*\*|$|\s?[-=–—]\s|(?=[\u4e00-\u9fff]))"
 )
@@ -22,7 +20,8 @@ BARE = re.compile(r"(?<![\w'’\\/^_+=-])([A-Z])(?![\w'’^_/+=(]|-\w)")
 ARTICLE = re.compile(r"A\s+[a-z]|I\s+[a-z']|A\s*$", re.DOTALL)
 SEVERAL = re.compile(r"[({\[]?\s?[A-H]\s?[)\]}]?\s?(?:,|and|or|&|/|或|和)\s?(?:and |or )?[({\[]?\s?[A-H]\b(?![a-z])")
 DENIED = re.compile(
-    r"\b(?:not|isn't|aren't|wasn't|cannot|can't|neither|nor|incorrect|wrong|false|invalid|eliminat\w*|rule[sd]? out|unlike|except|instead of|rather than)\b|错误|不正确|排除",
+    r"\b(?:not|isn't|aren't|wasn't|cannot|can't|neither|nor|incorrect|wrong|false|invalid|eliminat\w*|rule[sd]? out"
+    r"|unlike|except|instead of|rather than)\b|错误|不正确|排除",
     re.IGNORECASE,
 )
 
@@ -86,7 +85,7 @@ def same_option(text: str, choices: Sequence[str]) -> str | None:
     """The letter of the one option a text is, but for dress."""
     plain = squeezed(text)
     same = [i for i, choice in enumerate(choices) if plain and squeezed(choice) == plain]
-    return option_letters(choices)[same[0]] if len(set(choices[i] for i in same)) == 1 else None
+    return option_letters(choices)[same[0]] if len({choices[i] for i in same}) == 1 else None
 
 
 def named_option(text: str, choices: Sequence[str] | None) -> str | None:
