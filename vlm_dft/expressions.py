@@ -69,7 +69,7 @@ def read_expression(text: str) -> Expression | None:
         return None
     text = _COMMAS.sub(lambda found: found[0].replace(",", ""), text)
     tokens = _TOKEN.findall(text)
-    if re.sub(r"\s", "", text) != "".join(tokens) or (len(tokens) > 1 and all(map(str.isalpha, tokens))):
+    if re.sub(r"\s", "", text) != "".join(tokens) or (len(text) > 1 and all(map(str.isalpha, tokens))):
         return None  # something is in it that no expression has, or it is words: "no" is not "on"
     try:
         reader = _Reader(tokens)

@@ -13,7 +13,7 @@ _UNICODE = {
     "\N{ALMOST EQUAL TO}": r"\approx ", "\N{SUPERSCRIPT TWO}": "^2", "\N{SUPERSCRIPT THREE}": "^3",
     "\N{VULGAR FRACTION ONE HALF}": " 1/2", "\N{VULGAR FRACTION ONE QUARTER}": " 1/4",
     "\N{VULGAR FRACTION THREE QUARTERS}": " 3/4", "\N{VULGAR FRACTION ONE THIRD}": " 1/3", "\N{VULGAR FRACTION TWO THIRDS}": " 2/3",
-    "\N{DEGREE SIGN}": " degrees", "\u63b3": " degrees",  # a degree sign of UTF-8 read as GBK, as in MathVerse's golds
+    "\N{DEGREE SIGN}": " degrees ", "\u63b3": " degrees ",  # a degree sign of UTF-8 read as GBK, as in MathVerse's golds
     "\N{FULLWIDTH PERCENT SIGN}": "%", "\x0crac": r"\frac",  # \frac once read by a language of escapes, as in MATH-V's golds
 }  # fmt: skip
 _FOREIGN = re.compile("|".join(map(re.escape, _UNICODE)))
@@ -22,9 +22,9 @@ _BOXED = re.compile(r"\\f?boxed\s*\{(.*)\}", re.DOTALL)
 _NAMES = r"text(?:bf|it|rm|sf|tt)?|mathrm|mathbf|mathit|mathsf|boldsymbol|bm|mbox|operatorname"
 _SAME = (
     (re.compile(rf"\\(?:{_NAMES})\s*\{{([^{{}}]*)\}}"), r" \1 "),
-    (re.compile(r"\^\s*\{?\s*\\(?:circ|degree)(?![a-zA-Z])\s*\}?|\\(?:degree|circ)(?![a-zA-Z])|\{\s*degrees\s*\}"), " degrees"),
-    (re.compile(r"\\(?:left|right|displaystyle|[bB]ig+[lr]?|q?quad|limits)(?![a-zA-Z])|\\[!()\[\]]"), " "),
-    (re.compile(r"\\[,;: ]|~|\\\n"), " "),
+    (re.compile(r"\^\s*\{?\s*\\(?:circ|degree)(?![a-zA-Z])\s*\}?|\\(?:degree|circ)(?![a-zA-Z])|\{\s*degrees\s*\}"), " degrees "),
+    (re.compile(r"\\(?:left|right|displaystyle|[bB]ig+[lr]?|q?quad|limits)(?![a-zA-Z])|(?<!\\)\\[!()\[\]]"), " "),
+    (re.compile(r"(?<!\\)\\[,;: \n]|~"), " "),
     (re.compile(r"\\[dtc]frac(?![a-zA-Z])"), r"\\frac"),
     (re.compile(r"\\(?:leq|leqslant)(?![a-zA-Z])"), r"\\le"),
     (re.compile(r"\\(?:geq|geqslant)(?![a-zA-Z])"), r"\\ge"),

@@ -17,6 +17,7 @@ _CURRENCIES = {"$": "$", "US$": "$", "USD": "$", "\N{EURO SIGN}": "\N{EURO SIGN}
 _HEAD = re.compile(r"\s*([-+]?)\s*(US\$|USD|[$\u20ac\u00a3\u00a5\u20b9])?\s*([-+]?)\s*")
 _UNIT = re.compile(r"\s*(?:[-\s])?\s*([^\W\d_][^\d=<>()\[\]{},;:\\^]*?(?:\s*\^?\s*\{?\s*[23]\s*\}?)?(?:/[^\W\d_]+(?:\^?[23])?)?)\.?\s*")
 _PERCENT = re.compile(r"\s*(?:%|percent|per cent|percentage points?)\s*", re.IGNORECASE)
+_NO_UNIT = re.compile(r"\b(?:pi|sqrt|sin|cos|tan|log|ln|and|or|to|root|times|plus|minus|over|not)\b|[*+|$%]")
 _POWER = re.compile(r"\s*\^?\s*\{?\s*([23])\s*\}?\Z")
 
 _LENGTHS = {
@@ -31,7 +32,7 @@ _OTHERS = {
     ("h", "hr", "hour"): ("time", "3600"), ("day",): ("time", "86400"), ("week",): ("time", "604800"),
     ("ml", "milliliter", "millilitre"): ("volume", "0.001"), ("l", "liter", "litre"): ("volume", "1"),
     ("cent",): ("money", "0.01"), ("dollar",): ("money", "1"), ("degree", "deg"): ("angle", "1"),
-    ("thousand",): ("count", "1000"), ("million",): ("count", "1000000"), ("billion",): ("count", "1000000000"),
+    ("one",): ("count", "1"), ("thousand",): ("count", "1000"), ("million",): ("count", "1000000"), ("billion",): ("count", "1000000000"),
 }  # fmt: skip
 _UNITS: dict[str, tuple[str, Fraction]] = {
     **{name: ("length", Fraction(factor)) for names, factor in _LENGTHS.items() for name in names},
@@ -75,9 +76,15 @@ def read_quantity(text: str) -> Quantity | None:
     if not currency and rest.strip() in _CURRENCIES:
         return Quantity(value, places, digits, currency=_CURRENCIES[rest.strip()])
     unit = _UNIT.fullmatch(rest)
-    if rest.strip() and unit is None:
+    if rest.strip() and (unit is None or not _is_unit(unit[1], apart=rest[0] in " -")):
         return None
     return Quantity(value, places, digits, currency=currency, unit=unit_name(unit[1]) if unit else "")
+
+
+def _is_unit(text: str, *, apart: bool) -> bool:
+    """Whether words behind a number are its unit, and not letters it is multiplied by: "2 apples", "2cm"; not "2x", "2 pi"."""
+    name = unit_name(text)
+    return _known(name) is not None or (apart and len(name) > 1 and _NO_UNIT.search(name) is None)
 
 
 def unit_name(text: str) -> str:
