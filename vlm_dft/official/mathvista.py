@@ -2,12 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rapidfuzz.distance import Levenshtein
+
+from vlm_dft.answers import Extracted, stated_answer
 from vlm_dft.verdicts import Score
 
 
 def score_mathvista(response: str, sample: Mapping[str, Any]) -> Score:
-    """To be written."""
-    raise NotImplementedError
+    """Extract (by rules where the official code asks GPT), normalise, compare (evaluation/calculate_score.py)."""
+    found = mathvista_extraction(response, sample)
+    return score_extraction(found.answer, sample, rule=found.rule)
+
+
+def score_extraction(extraction: str | None, sample: Mapping[str, Any], *, rule: str = "stored extraction") -> Score:
+    """The official verdict on an extraction; "" (or None) still goes to the nearest choice."""
+    prediction = mathvista_normal(extraction or "", sample)
+    return Score(prediction == str(sample["gold_answer"]), extraction or None, rule)
+
+
+def mathvista_normal(extraction: str, sample: Mapping[str, Any]) -> str | None:
+    """An extraction as the official code compares it; None: it is no number.
+
+    A choice: the first "(X)", a letter, else the choice at the least edit distance (the first of equals). An integer is
+    truncated, a float rounded to the precision, neither understands units, commas or percent signs.
+    """
+    choices = sample.get("choices")
+    if choices and sample.get("question_type", "multi_choice") == "multi_choice":
+        return _choice(extraction.strip(), choices)
+    answer_type = sample.get("answer_type")
+    try:
+        if answer_type == "integer":
+            return str(int(float(extraction)))
+        if answer_type == "float":
+            return str(round(float(extraction), int(sample["precision"])))
+    except (ValueError, OverflowError, TypeError, KeyError):
+        return None
+    return extraction
+
+
+def _choice(extraction: str, choices: Sequence[str]) -> str:
+    found = BRACKETED.search(extraction)
+    letter = found[1].upper() if found else extraction
+    index = ord(letter) - ord("A") if len(letter) == 1 else -1
+    if 0 <= index < len(choices):
+        return choices[index]
+    return min(choices, key=lambda choice: Levenshtein.distance(letter, choice))
+
+
+def mathvista_extraction(response: str, sample: Mapping[str, Any]) -> Extracted:
+    """The official short circuits, then what the response says its answer is."""
+    choices = sample.get("choices")
+    if response == "":
+        return Extracted(None, "empty response")
+    if choices:
+        if response in choices:
+            return Extracted(response, "is a choice")
+        return stated_answer(response, choices=choices, kind="choice")
+    kind = sample.get("answer_type")
+    try:
+        if kind == "integer":
+            return Extracted(str(int(response)), "is an integer")
+        if kind == "float":
+            return Extracted(str(float(response)), "is a float")
+    except ValueError:
+        pass
+    found = stated_answer(response, kind="list" if kind == "list" else "number")
+    return found
+
+
+import re
+BRACKETED = re.compile(r"\(([a-zA-Z])\)")

@@ -1,0 +1,102 @@
+"""Options: a piece of text in, the option it names (a letter, or the option's own text) out. Linear time."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+
+LETTERS = "ABCDEFGH"
+"""Option letters where the options are in the picture."""
+
+MARKS = " \t\r\n*_`\"'“”‘’$#>.,;:!{}\\"
+BRACKETED = re.compile(r"[(\[]\s?\**([A-Za-z])\**\s?[.:]?\s?[)\]]")
+KINDS = "options? choices? answers? letter figure diagram picture image set statement cube box".replace(" ", "|")
+NAMED = re.compile(rf"\b(?:{KINDS})\s+[*\"'(\[]{{0,3}}([A-Z])\b(?![-'’])", re.IGNORECASE)
+LEADING = re.compile(
+    r"[({\[]?\s?([A-Za-z])\s?(?:[)\]}]|[.:,、;](?=\s|$|[^\x00-\x7f])|[:.]?\*\*|$|\s?[-=–—]\s|(?=[\u4e00-\u9fff]))"
+)
+BARE = re.compile(r"(?<![\w'’\\/^_+=-])([A-Z])(?![\w'’^_/+=(]|-\w)")
+ARTICLE = re.compile(r"A\s+[a-z]|I\s+[a-z']|A\s*$", re.DOTALL)
+SEVERAL = re.compile(r"[({\[]?\s?[A-H]\s?[)\]}]?\s?(?:,|and|or|&|/|或|和)\s?(?:and |or )?[({\[]?\s?[A-H]\b(?![a-z])")
+DENIED = re.compile(
+    r"\b(?:not|isn't|aren't|wasn't|cannot|can't|neither|nor|incorrect|wrong|false|invalid|eliminat\w*|rule[sd]? out"
+    r"|unlike|except|instead of|rather than)\b|错误|不正确|排除",
+    re.IGNORECASE,
+)
+
+
+def option_letters(choices: Sequence[str] | None) -> str:
+    """The letters that name an option."""
+    return "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(choices)] if choices else LETTERS
+
+
+@lru_cache(4096)
+def squeezed(text: str) -> str:
+    """Text for comparison: case folded, LaTeX marks, degree signs and spaces gone."""
+    text = re.sub(
+        r"\\(?:left|right|mathrm|text|circ|degree|displaystyle)\b|\^?\s?°|[\s${}\\*_`\"'“”‘’]|\^\s*\\circ", "", text
+    )
+    return text.strip(".,;:!").casefold()
+
+
+def leading_letter(text: str, letters: str) -> str | None:
+    """The letter a text begins with, in any dress: "(B) no", "B. no", "**b**", "B"; several letters are none."""
+    text = text.lstrip(MARKS)
+    found = LEADING.match(text)
+    if not found or found[1].upper() not in letters or SEVERAL.match(text):
+        return None
+    dressed = found[0].strip() != found[1] or len(text.strip(MARKS)) == 1
+    return found[1].upper() if dressed or found[1].isupper() else None
+
+
+def letters_named(text: str, letters: str) -> list[str]:
+    """The letters a text names, in order: in brackets, else after "option" and the like, else bare capitals."""
+    for pattern in (BRACKETED, NAMED):
+        named = [m[1].upper() for m in pattern.finditer(text) if m[1].upper() in letters]
+        if named:
+            return named
+    return [m[1] for m in BARE.finditer(text) if m[1] in letters and not ARTICLE.match(text, m.start())]
+
+
+@lru_cache(1024)
+def option_pattern(choices: tuple[str, ...]) -> re.Pattern[str] | None:
+    """Finds any option's text as whole words, the longest first."""
+    texts = sorted({" ".join(c.split()) for c in choices if c.strip()}, key=len, reverse=True)
+    if not texts or sum(map(len, texts)) > 5_000:
+        return None
+    words = "|".join(re.escape(t).replace(r"\ ", r"\s+") for t in texts)
+    return re.compile(rf"(?<![\w.,/-])(?:{words})(?!\w|[.,/]\d)", re.IGNORECASE)
+
+
+def options_quoted(text: str, choices: Sequence[str]) -> list[str]:
+    """The letters of the options whose text stands in this text, in order."""
+    pattern = option_pattern(tuple(choices))
+    if pattern is None:
+        return []
+    exact = {" ".join(c.split()): i for i, c in reversed(list(enumerate(choices)))}
+    folded = {c.casefold(): i for c, i in exact.items()}
+    found = (" ".join(m[0].split()) for m in pattern.finditer(text))
+    indices = (exact.get(one, folded.get(one.casefold())) for one in found)
+    return [option_letters(choices)[i] for i in indices if i is not None and i < 26]
+
+
+def same_option(text: str, choices: Sequence[str]) -> str | None:
+    """The letter of the one option a text is, but for dress."""
+    plain = squeezed(text)
+    same = [i for i, choice in enumerate(choices) if plain and squeezed(choice) == plain]
+    return option_letters(choices)[same[0]] if len({choices[i] for i in same}) == 1 else None
+
+
+def named_option(text: str, choices: Sequence[str] | None) -> str | None:
+    """The one option that a piece of text names; None where it names none or several."""
+    letters = option_letters(choices)
+    if choices and (same := same_option(text, choices)):
+        return same
+    if letter := leading_letter(text, letters):
+        return letter
+    named = [] if DENIED.search(text) else letters_named(text, letters)
+    if len(set(named)) == 1:
+        return named[0]
+    quoted = options_quoted(text, choices) if choices else []
+    return quoted[0] if len(set(quoted)) == 1 else None
