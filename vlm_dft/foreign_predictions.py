@@ -103,15 +103,20 @@ def read_predictions(path: Path) -> ForeignFile:
         if isinstance(row, RowError):
             unreadable.append(row)
         else:
-            columns = {"pid": place, **row} if isinstance(place, str) else row  # an object keyed by pid
-            rows.append((f"{path.name}, {place!r}" if isinstance(place, str) else f"{path.name}, row {place}", columns))
+            keyed = isinstance(place, str)  # by pid, as MathVista's
+            rows.append(
+                (
+                    f"{path.name}, {place!r}" if keyed else f"{path.name}, row {place}",
+                    {"pid": place, **row} if keyed else row,
+                )
+            )
     if not rows:
         raise unreadable[0] if unreadable else RowError(f"{path} holds no row. Expected one a response.", "empty file")
     format = _format(path, [row for _, row in rows[:LOOKED_AT]])
-    predictions = []
-    for where, row in rows:
+    predictions: list[Prediction] = []
+    for where, columns in rows:
         try:
-            predictions += _responses(format, row, where, oddities)
+            predictions += _responses(format, columns, where, oddities)
         except RowError as error:
             unreadable.append(error)
     return ForeignFile(path, format, predictions, unreadable, oddities)
@@ -130,12 +135,12 @@ def find_predictions(words: str | Path, benchmark: str) -> Path:
             return own
     files = sorted(p for p in path.iterdir() if p.suffix.lower() in (".xlsx", ".tsv", ".csv", ".json", ".jsonl"))
     named = [p for p in files if benchmark in said_benchmarks(p.stem, [benchmark])]
-    if len(named) == 1:
-        return named[0]
+    if len(named or files) == 1:
+        return (named or files)[0]
     below = sorted(p.parent.name for p in path.glob("*/predictions.jsonl"))
     found = [p.name for p in named or files] + [f"{name}/" for name in below]
     raise UserError(
-        f"{str(words)!r} is a folder without a predictions.jsonl, or one file that is named after {benchmark}. Name one of "
+        f"{str(words)!r} is a folder without a predictions.jsonl, and without one file alone that is named after {benchmark}. Name one of "
         f"what it holds: {', '.join(found[:20]) or 'nothing of the kind'}."
     )
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from vlm_dft.chat import Sample
 from vlm_dft.errors import RowError
-from vlm_dft.foreign_predictions import Prediction, ForeignFile, read_predictions
+from vlm_dft.foreign_predictions import ForeignFile, Prediction, read_predictions
 from vlm_dft.matching import Matched, match
 from vlm_dft.runs import write_text
 from vlm_dft.scoring import Score, score_response
