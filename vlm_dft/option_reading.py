@@ -6,13 +6,18 @@ import re
 from collections.abc import Sequence
 from functools import lru_cache
 
+from vlm_dft.number_reading import numbers_in, stated_number, value_of
+
+SHORT = 40
+"""Characters of an option that may be a number with its unit."""
+
 LETTERS = "ABCDEFGH"
 """Option letters where the options are in the picture."""
 
 MARKS = " \t\r\n*_`\"'“”‘’$#>.,;:!{}\\"
 BRACKETED = re.compile(r"[(\[]\s?\**([A-Za-z])\**\s?[.:]?\s?[)\]]")
 KINDS = "options? choices? answers? letter figure diagram picture image set statement cube box".replace(" ", "|")
-NAMED = re.compile(rf"\b(?:{KINDS})\s+[*\"'(\[]{{0,3}}([A-Z])\b(?![-'’])", re.IGNORECASE)
+NAMED = re.compile(rf"(?:\b(?:{KINDS})\s+[*\"'(\[]{{0,3}}|选项?\s?|答案\s?)([A-Z])(?![A-Za-z]|[-'’]\w)", re.IGNORECASE)
 LEADING = re.compile(
     r"[({\[]?\s?([A-Za-z])\s?(?:[)\]}]|[.:,、;](?=\s|$|[^\x00-\x7f])|[:.]?\*\*|$|\s?[-=–—]\s|(?=[\u4e00-\u9fff]))"
 )
@@ -88,6 +93,15 @@ def same_option(text: str, choices: Sequence[str]) -> str | None:
     return option_letters(choices)[same[0]] if len({choices[i] for i in same}) == 1 else None
 
 
+def leading_option(text: str, choices: Sequence[str]) -> str | None:
+    """The letter of the option whose text a text begins with, as whole words."""
+    pattern = option_pattern(tuple(choices))
+    text = text.lstrip(MARKS)[:1_000]
+    if pattern is None or not (found := pattern.match(text)):
+        return None
+    return same_option(found[0], choices)
+
+
 def named_option(text: str, choices: Sequence[str] | None) -> str | None:
     """The one option that a piece of text names; None where it names none or several."""
     letters = option_letters(choices)
@@ -99,4 +113,23 @@ def named_option(text: str, choices: Sequence[str] | None) -> str | None:
     if len(set(named)) == 1:
         return named[0]
     quoted = options_quoted(text, choices) if choices else []
-    return quoted[0] if len(set(quoted)) == 1 else None
+    if len(set(quoted)) == 1:
+        return quoted[0]
+    return numeric_option(text, choices) if choices else None
+
+
+@lru_cache(1024)
+def option_values(choices: tuple[str, ...]) -> tuple[float | None, ...]:
+    """The number that each option is, but for a unit; None where it is none or has several."""
+    numbers = [numbers_in(choice) if len(choice) <= SHORT else [] for choice in choices]
+    return tuple(value_of(found[0].text) if len(found) == 1 else None for found in numbers)
+
+
+def numeric_option(text: str, choices: Sequence[str]) -> str | None:
+    """The letter of the one option that is the number a text gives, where every option is a number."""
+    values = option_values(tuple(choices))
+    if None in values or not (found := stated_number(text)):
+        return None
+    value = value_of(found)
+    same = [i for i, one in enumerate(values) if value is not None and one == value]
+    return option_letters(choices)[same[0]] if len(same) == 1 else None
