@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 
 from vlm_dft.number_reading import asked_numbers, stated_number
 from vlm_dft.option_reading import (
+    bare_letters,
     leading_letter,
     leading_option,
     letters_named,
@@ -90,7 +91,9 @@ def _choice_unannounced(text: str, asking: Asking) -> Extracted:
             return Extracted(found, "concluding sentence")
         if ABSTAINS.search(part):
             return Extracted(None, "abstains")
-    named = set(letters_named(text, letters)) or (set(options_quoted(text, choices)) if choices else set())
+    named = set(letters_named(text, letters)) or set(
+        options_quoted(text, choices) if choices else bare_letters(text, letters)
+    )
     return Extracted(named.pop(), "only option") if len(named) == 1 else Extracted(None, "no option stated")
 
 
@@ -98,13 +101,20 @@ def _number(text: str, asking: Asking) -> str | None:
     return stated_number(text)
 
 
+COUNTED = re.compile(r"\b(?:how many|number of|count|left)\b", re.IGNORECASE)
+NONE_LEFT = re.compile(r"\bthere (?:are|is|were|will be|would be) (?:no|none)\b", re.IGNORECASE)
+"""A sentence that counts nothing."""
+
+
 def _number_unannounced(text: str, asking: Asking) -> Extracted:
     asked = asked_numbers(asking.question)
+    counted = bool(COUNTED.search(asking.question or ""))
     for part in conclusions(text, asking.question):
         if refusal := ABSTAINS.search(part):
             later = stated_number(part[refusal.end() :], asked) if re.search(r"\d", part[refusal.end() :]) else None
             return Extracted(later, "concluding sentence") if later else Extracted(None, "abstains")
-        if found := stated_number(part, asked):
+        found = "0" if counted and NONE_LEFT.search(part) else stated_number(part, asked)
+        if found:
             return Extracted(found, "concluding sentence")
     return Extracted(None, "no number stated")
 

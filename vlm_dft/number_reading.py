@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 TEENS = (
@@ -30,13 +30,24 @@ RESULT = re.compile(
     re.IGNORECASE,
 )
 
+OPERATOR = re.compile(r"[^\W\d_]{0,3}[\s)]{0,3}(?:[+*/×÷−]|\\(?:times|cdot|div)|-\s)\s?[(\d$]")
+"""What shows that a number before it is not yet the result."""
+
+ASIDE = re.compile(
+    r",? and (?:the|its|his|her|their)\b|,? (?:while|whereas|since|because)\b|, (?:which|with|as|where|compared|so)\b|:\s",
+    re.IGNORECASE,
+)
+"""Where a sentence goes on after its result."""
+
 
 class Number(NamedTuple):
-    """A number as written, tidied; whether a word that gives a result stands right before it; whether it is a word."""
+    """A number as written, tidied; whether a word that gives a result stands right before it; whether it is a word; where it stands."""
 
     text: str
     result: bool
     word: bool
+    start: int
+    end: int
 
 
 def plain_numbers(text: str) -> str:
@@ -59,14 +70,12 @@ def _tidy(found: re.Match[str]) -> str:
 def numbers_in(text: str) -> list[Number]:
     """The numbers of a text in order, digits or words: without commas, currency and plus sign; "%" and "/" stay."""
     text = plain_numbers(text)
-    return [
-        Number(
-            _tidy(m),
-            bool(RESULT.search(text, max(0, m.start() - 40), m.start("digits" if m["digits"] else "word"))),
-            bool(m["word"]),
-        )
-        for m in NUMBER.finditer(text)
-    ]
+    return [Number(_tidy(m), _is_result(text, m), bool(m["word"]), m.start(), m.end()) for m in NUMBER.finditer(text)]
+
+
+def _is_result(text: str, found: re.Match[str]) -> bool:
+    start = found.start("word" if found["word"] else "digits")
+    return bool(RESULT.search(text, max(0, start - 40), start)) and not OPERATOR.match(text, found.end())
 
 
 def asked_numbers(question: str | None) -> frozenset[str]:
@@ -77,33 +86,34 @@ def asked_numbers(question: str | None) -> frozenset[str]:
 def stated_number(text: str, asked: Collection[str] = ()) -> str | None:
     """The number a piece of text gives as its result; None: it has none, or only those of the question.
 
-    Preferred: right after "=", "is", "are" and the like (the last such), then digits before words; numbers that
-    the question has come last, and only where such a word stands before them.
+    Preferred: right after "=", "is", "are" and the like (the last such before an aside), then digits before words;
+    numbers that the question has come last, and only where such a word stands before them.
     """
+    text = plain_numbers(text)
     numbers = numbers_in(text)
     if len(numbers) == 1 and not asked:
         return numbers[0].text
-    for results, new, words in (
-        (True, True, False),
-        (True, False, False),
-        (False, True, False),
-        (True, True, True),
-        (False, True, True),
-    ):
-        fit = [
-            n.text
-            for n in numbers
-            if n.word == words and (n.result or not results) and (n.text not in asked or not new)
-        ]
+    for results, new, word in PREFERENCES:
+        fit = [n for n in numbers if n.word == word and (n.result or not results) and (n.text not in asked or not new)]
         if fit:
-            return _upper_end(text, fit[-1]) if results else fit[0]
+            return _upper_end(text, _before_aside(text, fit) if results else fit[0])
     return None if asked else next((n.text for n in numbers), None)
 
 
-def _upper_end(text: str, number: str) -> str:
+PREFERENCES = [(True, True, False), (True, False, False), (False, True, False), (True, True, True), (False, True, True)]
+"""Which numbers are tried in turn: only after a word that gives a result, only if new, words or digits."""
+
+
+def _before_aside(text: str, results: Sequence[Number]) -> Number:
+    """The last of the results before the first aside that follows one."""
+    aside = ASIDE.search(text, results[0].end)
+    return [n for n in results if not aside or n.end <= aside.start()][-1]
+
+
+def _upper_end(text: str, number: Number) -> str:
     """The upper end where a number begins a range ("from 1 to 7")."""
-    found = re.search(rf"(?<![\d.]){re.escape(number)}\s?(?:to|-)\s?(\d{{1,20}}(?:\.\d{{1,20}})?)\b(?!\s?=)", text)
-    return found[1] if found else number
+    found = re.compile(r"\s?(?:to|-)\s?(\d{1,20}(?:\.\d{1,20})?)\b(?!\s?=)").match(text, number.end)
+    return found[1] if found else number.text
 
 
 def value_of(number: str) -> float | None:

@@ -21,7 +21,7 @@ NAMED = re.compile(rf"(?:\b(?:{KINDS})\s+[*\"'(\[]{{0,3}}|选项?\s?|答案\s?)(
 LEADING = re.compile(
     r"[({\[]?\s?([A-Za-z])\s?(?:[)\]}]|[.:,、;](?=\s|$|[^\x00-\x7f])|[:.]?\*\*|$|\s?[-=–—]\s|(?=[\u4e00-\u9fff]))"
 )
-BARE = re.compile(r"(?<![\w'’\\/^_+=-])([A-Z])(?![\w'’^_/+=(]|-\w)")
+BARE = re.compile(r"(?<![\w'’\\/^_+=-])(?<!\b[A-Z] )([A-Z])(?![\w'’^_/+=(]|-\w| [A-Z]\b| ?[=+])")
 ARTICLE = re.compile(r"A\s+[a-z]|I\s+[a-z']|A\s*$", re.DOTALL)
 SEVERAL = re.compile(r"[({\[]?\s?[A-H]\s?[)\]}]?\s?(?:,|and|or|&|/|或|和)\s?(?:and |or )?[({\[]?\s?[A-H]\b(?![a-z])")
 DENIED = re.compile(
@@ -56,11 +56,16 @@ def leading_letter(text: str, letters: str) -> str | None:
 
 
 def letters_named(text: str, letters: str) -> list[str]:
-    """The letters a text names, in order: in brackets, else after "option" and the like, else bare capitals."""
+    """The letters a text names, in order: in brackets, else after "option" and the like."""
     for pattern in (BRACKETED, NAMED):
         named = [m[1].upper() for m in pattern.finditer(text) if m[1].upper() in letters]
         if named:
             return named
+    return []
+
+
+def bare_letters(text: str, letters: str) -> list[str]:
+    """The letters that stand alone as capitals in a text, in order; no article, no name of a point."""
     return [m[1] for m in BARE.finditer(text) if m[1] in letters and not ARTICLE.match(text, m.start())]
 
 
@@ -109,13 +114,29 @@ def named_option(text: str, choices: Sequence[str] | None) -> str | None:
         return same
     if letter := leading_letter(text, letters):
         return letter
-    named = [] if DENIED.search(text) else letters_named(text, letters)
-    if len(set(named)) == 1:
-        return named[0]
+    denied = DENIED.search(text)
     quoted = options_quoted(text, choices) if choices else []
-    if len(set(quoted)) == 1:
-        return quoted[0]
-    return numeric_option(text, choices) if choices else None
+    for named in ([] if denied else letters_named(text, letters), quoted):
+        if len(set(named)) == 1:
+            return named[0]
+        if named and (head := main_clause(text)) != text and (found := named_option(head, choices)):
+            return found
+    if choices and (found := numeric_option(text, choices)):
+        return found
+    named = [] if denied or quoted else bare_letters(text, letters)
+    return named[0] if len(set(named)) == 1 else None
+
+
+ASIDE = re.compile(
+    r",? (?:while|whereas|since|because|but not|rather than|instead of|unlike|compared)\b|, (?:which|with|as|where|not|specifically)\b",
+    re.IGNORECASE,
+)
+
+
+def main_clause(text: str) -> str:
+    """A sentence up to its first aside."""
+    found = ASIDE.search(text)
+    return text[: found.start()] if found else text
 
 
 @lru_cache(1024)

@@ -145,17 +145,19 @@ def bare(text: str) -> str:
 def conclusions(text: str, question: str | None) -> list[str]:
     """Sentences of a settled text, the likeliest to state the answer first; none that the question has word for word.
 
-    Likely: it draws a conclusion, restates the question, is the last or the first; unlikely: it states an aim.
+    Likely: it draws a conclusion, restates the question, is the last (above all after reasoning) or the first;
+    unlikely: it states an aim.
     """
     parts = sentences(text)
     places = range(len(parts)) if len(parts) <= 24 else [*range(6), *range(len(parts) - 18, len(parts))]
     asked, whole = content_words((question or "")[-600:]), bare((question or "")[:4_000])
     scored = []
+    reasoned = "=" in text or any(CONCLUDES.match(parts[i]) or AIMS.match(parts[i]) for i in places)
     for i in places:
         part = parts[i]
         worth = len(asked & content_words(part[:SPAN])) / len(asked) if asked else 0.0
         worth += (0.6 if CONCLUDES.match(part) else 0.0) - (0.6 if AIMS.match(part) else 0.0)
-        worth += 0.35 if i == len(parts) - 1 else 0.2 if i == 0 else 0.0
+        worth += (0.8 if reasoned else 0.35) if i == len(parts) - 1 else 0.2 if i == 0 and not reasoned else 0.0
         worth += 0.4 if i == len(parts) - 1 and ABSTAINS.search(part) else 0.0
         if len(part) < 12 or bare(part[:SPAN]) not in whole:
             scored.append((worth + 0.01 * i / len(parts), part))

@@ -13,6 +13,9 @@ from vlm_dft.verdicts import Score
 
 BRACKETED = re.compile(r"\(([a-zA-Z])\)")
 
+DOLLAR = re.compile(r"\bS(?=\d)")
+"""A dollar sign as text recognition reads it, and as models copy it."""
+
 
 def score_mathvista(response: str, sample: Mapping[str, Any]) -> Score:
     """Extract (by rules where the official code asks GPT), normalise, compare (evaluation/calculate_score.py)."""
@@ -72,5 +75,7 @@ def mathvista_extraction(response: str, sample: Mapping[str, Any]) -> Extracted:
             return Extracted(str(float(response)), "is a float")
     except ValueError:
         pass
+    if "(Unit: $)" in str(sample.get("question")):
+        response = DOLLAR.sub("$", response)
     found = stated_answer(response, kind="list" if kind == "list" else "number", question=sample.get("question"))
     return found._replace(answer=found.answer.rstrip("%")) if found.answer else found
