@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,11 @@ from rapidfuzz.distance import Levenshtein
 
 from vlm_dft.answers import Extracted, stated_answer
 from vlm_dft.verdicts import Score
+
+BRACKETED = re.compile(r"\(([a-zA-Z])\)")
+
+DOLLAR = re.compile(r"\bS(?=\d)")
+"""A dollar sign as text recognition reads it, and as models copy it."""
 
 
 def score_mathvista(response: str, sample: Mapping[str, Any]) -> Score:
@@ -60,7 +66,7 @@ def mathvista_extraction(response: str, sample: Mapping[str, Any]) -> Extracted:
     if choices:
         if response in choices:
             return Extracted(response, "is a choice")
-        return stated_answer(response, choices=choices, kind="choice")
+        return stated_answer(response, choices=choices, kind="choice", question=sample.get("question"))
     kind = sample.get("answer_type")
     try:
         if kind == "integer":
@@ -69,9 +75,7 @@ def mathvista_extraction(response: str, sample: Mapping[str, Any]) -> Extracted:
             return Extracted(str(float(response)), "is a float")
     except ValueError:
         pass
-    found = stated_answer(response, kind="list" if kind == "list" else "number")
-    return found
-
-
-import re
-BRACKETED = re.compile(r"\(([a-zA-Z])\)")
+    if "(Unit: $)" in str(sample.get("question")):
+        response = DOLLAR.sub("$", response)
+    found = stated_answer(response, kind="list" if kind == "list" else "number", question=sample.get("question"))
+    return found._replace(answer=found.answer.rstrip("%")) if found.answer else found
