@@ -17,7 +17,7 @@ from vlm_dft.option_reading import (
     options_quoted,
     same_option,
 )
-from vlm_dft.statements import ABSTAINS, bare, conclusions, sentences, settled, statements
+from vlm_dft.statements import ABSTAINS, bare, conclusions, segments, sentences, settled, statements, without_listing
 
 Kind = Literal["choice", "number", "list", "text", "expression"]
 
@@ -57,8 +57,25 @@ def stated_answer(
     text = settled(response)
     if not text:
         return Extracted(None, "empty response")
-    asking = Asking(list(choices) if choices else None, question)
-    whole = bare((question or "")[:4_000])
+    found = Extracted(None, "no answer stated")
+    for part in segments(text, question):
+        found = stated_in(part, kind, Asking(list(choices) if choices else None, question))
+        if found.answer:
+            break
+    return found
+
+
+class Asking(NamedTuple):
+    """What was asked: the options' texts and the question, where there are any."""
+
+    choices: list[str] | None
+    question: str | None
+
+
+def stated_in(text: str, kind: Kind, asking: Asking) -> Extracted:
+    """What one settled text that answers one question says its answer is."""
+    whole = bare((asking.question or "")[:4_000])
+    text = without_listing(text) if kind == "choice" else text
     for one in reversed(statements(text)):
         if len(one.text) >= 12 and bare(one.text) in whole:
             continue
@@ -67,13 +84,6 @@ def stated_answer(
         if ABSTAINS.search(one.text):
             return Extracted(None, "abstains")
     return UNANNOUNCED[kind](text, asking)
-
-
-class Asking(NamedTuple):
-    """What was asked: the options' texts and the question, where there are any."""
-
-    choices: list[str] | None
-    question: str | None
 
 
 def _choice(text: str, asking: Asking) -> str | None:

@@ -94,7 +94,10 @@ def options_quoted(text: str, choices: Sequence[str]) -> list[str]:
 def same_option(text: str, choices: Sequence[str]) -> str | None:
     """The letter of the one option a text is, but for dress."""
     plain = squeezed(text)
-    same = [i for i, choice in enumerate(choices) if plain and squeezed(choice) == plain]
+    exact = text.strip() if re.fullmatch(r"\W?[a-z]\W?", plain) else None  # an option that is a letter itself: "(c)"
+    same = [
+        i for i, choice in enumerate(choices) if plain and squeezed(choice) == plain and exact in (None, choice.strip())
+    ]
     return option_letters(choices)[same[0]] if len({choices[i] for i in same}) == 1 else None
 
 

@@ -46,12 +46,26 @@ def settled(response: str) -> str:
     return SPACES.sub(" ", STYLE.sub("", text)).strip()
 
 
+RUN_ON = re.compile(r"(?:^|\n)[ \t*#]{0,6}(?:Question|Q|问题|Problem|Human|User|Hint)\s?\d{0,3}\**\s?:", re.IGNORECASE)
+
+
+def segments(text: str, question: str | None) -> list[str]:
+    """A settled text cut where a model ran on into a further question; the prompt's own question again is left out."""
+    parts = RUN_ON.split(text)
+    own = bare((question or "")[:200])
+    kept = [part for i, part in enumerate(parts) if part.strip() and not (i and _begins_alike(bare(part[:1_000]), own))]
+    return kept or [text]
+
+
+def _begins_alike(one: str, other: str) -> bool:
+    shared = min(len(one), len(other))
+    return shared >= 8 and one[:shared] == other[:shared]
+
+
 BOX = re.compile(r"\\?f?boxed\s?\{|\\fbox\s?\{")
 TAG = re.compile(r"<answer>|<final_answer>|<\|begin_of_solution\|>|<\|begin_of_box\|>|<ans>", re.IGNORECASE)
 TAG_END = re.compile(r"</?answer>|</final_answer>|<\|end_of_\w{3,8}\|>|</ans>", re.IGNORECASE)
-NOUN = (
-    r"(?:answer|option|choice|solution|result|conclusion|selection|letter|final (?:value|number|count|amount|total))s?"
-)
+NOUN = r"(?:answers?|option|choice|solution(?! ?:)|result|conclusion|selection|letter|final (?:value|number|count|amount|total))"
 CUE = re.compile(
     rf"\b{NOUN}\b[*_\"'`]{{0,3}}(?:[^.\n:=]|\.(?=\d)){{0,90}}?(?:\b(?:is|are|was|be|becomes|remains)\b(?!\s+(?:not\b|n't))|[:=]|->|→)[*_ ]{{0,4}}"
     r"|(?:答案|正确选项|正确答案|选项|结果|结论)[^。\n]{0,12}?[是为:选]{1,2}\s?"
@@ -83,7 +97,7 @@ def tagged(text: str) -> Iterator[Statement]:
 def sentence(text: str, start: int) -> str:
     """From start to the end of its sentence; an empty rest of a line gives the next line that is not."""
     piece = text[start : start + SPAN]
-    lead = len(piece) - len(piece.lstrip())
+    lead = len(piece) - len(piece.lstrip(" \t\r\n:*_"))
     found = END.search(piece, lead)
     return piece[lead : found.start() if found else None].strip()
 
@@ -95,8 +109,35 @@ def announced(text: str) -> Iterator[Statement]:
 
 
 def sentences(text: str) -> list[str]:
-    """The text's sentences in order, without empty ones."""
-    return [piece.strip() for piece in END.split(text) if piece and piece.strip()]
+    """The text's sentences in order, without empty ones; a line that ends in a colon goes on in the next."""
+    found: list[str] = []
+    for piece in END.split(text):
+        if not (piece and (piece := piece.strip())):
+            continue
+        if found and found[-1].endswith(":") and len(found[-1]) < SPAN:
+            found[-1] += f" {piece}"
+        else:
+            found.append(piece)
+    return found
+
+
+LISTED = re.compile(r"[ \t*_-]{0,6}\(?([A-H])[).:][)*]{0,2}[ \t]{0,4}[^\n]{0,60}$")
+JUDGED = re.compile(r"correct|wrong|true|false|right|answer|because|not ", re.IGNORECASE)
+
+
+def without_listing(text: str) -> str:
+    """A text without lines that only list options: two or more in a row, lettered in order from A."""
+    lines = text.split("\n")
+    letters = [found[1] if (found := LISTED.match(line)) and not JUDGED.search(line) else "" for line in lines]
+    kept, i = [], 0
+    while i < len(lines):
+        run = 0
+        while letters[i : i + 1] and i + run < len(lines) and letters[i + run] == "ABCDEFGH"[run : run + 1] != "":
+            run += 1
+        if run < 2:
+            kept.append(lines[i])
+        i += run if run > 1 else 1
+    return "\n".join(kept)
 
 
 def statements(text: str) -> list[Statement]:
