@@ -59,6 +59,14 @@ def equivalent(answer: str, gold: str, *, unit: str | None = None, precision: fl
     return _same(_as_set(read), _as_set(wanted), unit, None if precision is None else int(precision), 0)
 
 
+def is_mathematics(text: str) -> bool:
+    """Whether a text is one quantity or expression as a whole, and no prose with a number in it."""
+    if len(text) > LONGEST:
+        return False
+    text = _without_unit(_EQUALS.split(latex_text(text))[-1].strip())
+    return read_quantity(text) is not None or read_expression(text) is not None
+
+
 def words(text: str) -> str:
     """Text as it is compared: case, articles, outer punctuation and spacing do not matter."""
     return " ".join(_ARTICLES.sub("", _EDGES.sub("", _ABBREVIATED.sub("", text.casefold()))).split())

@@ -32,6 +32,7 @@ _SAME = (
     (re.compile(r"\\gt(?![a-zA-Z])"), ">"),
     (re.compile(r"\\([%#&])"), r"\1"),
     (re.compile(r"\{\s*([,.])\s*\}"), r"\1"),  # 1{,}234
+    (re.compile(r"(?<=[\d\s)])(?<!\} )\{\s*([a-zA-Z][a-zA-Z ]*)\s*\}"), r" \1 "),  # 2.5{cm}
     (re.compile(r"\*\*"), "^"),
     (re.compile(r"\s+"), " "),
 )  # fmt: skip

@@ -6,17 +6,22 @@ import re
 from collections.abc import Sequence
 from functools import lru_cache
 
+from vlm_dft.number_reading import numbers_in, stated_number, value_of
+
+SHORT = 40
+"""Characters of an option that may be a number with its unit."""
+
 LETTERS = "ABCDEFGH"
 """Option letters where the options are in the picture."""
 
 MARKS = " \t\r\n*_`\"'“”‘’$#>.,;:!{}\\"
 BRACKETED = re.compile(r"[(\[]\s?\**([A-Za-z])\**\s?[.:]?\s?[)\]]")
 KINDS = "options? choices? answers? letter figure diagram picture image set statement cube box".replace(" ", "|")
-NAMED = re.compile(rf"\b(?:{KINDS})\s+[*\"'(\[]{{0,3}}([A-Z])\b(?![-'’])", re.IGNORECASE)
+NAMED = re.compile(rf"(?:\b(?:{KINDS})\s+[*\"'(\[]{{0,3}}|选项?\s?|答案\s?)([A-Z])(?![A-Za-z]|[-'’]\w)", re.IGNORECASE)
 LEADING = re.compile(
     r"[({\[]?\s?([A-Za-z])\s?(?:[)\]}]|[.:,、;](?=\s|$|[^\x00-\x7f])|[:.]?\*\*|$|\s?[-=–—]\s|(?=[\u4e00-\u9fff]))"
 )
-BARE = re.compile(r"(?<![\w'’\\/^_+=-])([A-Z])(?![\w'’^_/+=(]|-\w)")
+BARE = re.compile(r"(?<![\w'’\\/^_+=-])(?<!\b[A-Z] )([A-Z])(?![\w'’^_/+=(]|-\w| [A-Z]\b| ?[=+])")
 ARTICLE = re.compile(r"A\s+[a-z]|I\s+[a-z']|A\s*$", re.DOTALL)
 SEVERAL = re.compile(r"[({\[]?\s?[A-H]\s?[)\]}]?\s?(?:,|and|or|&|/|或|和)\s?(?:and |or )?[({\[]?\s?[A-H]\b(?![a-z])")
 DENIED = re.compile(
@@ -51,11 +56,16 @@ def leading_letter(text: str, letters: str) -> str | None:
 
 
 def letters_named(text: str, letters: str) -> list[str]:
-    """The letters a text names, in order: in brackets, else after "option" and the like, else bare capitals."""
+    """The letters a text names, in order: in brackets, else after "option" and the like."""
     for pattern in (BRACKETED, NAMED):
         named = [m[1].upper() for m in pattern.finditer(text) if m[1].upper() in letters]
         if named:
             return named
+    return []
+
+
+def bare_letters(text: str, letters: str) -> list[str]:
+    """The letters that stand alone as capitals in a text, in order; no article, no name of a point."""
     return [m[1] for m in BARE.finditer(text) if m[1] in letters and not ARTICLE.match(text, m.start())]
 
 
@@ -84,8 +94,20 @@ def options_quoted(text: str, choices: Sequence[str]) -> list[str]:
 def same_option(text: str, choices: Sequence[str]) -> str | None:
     """The letter of the one option a text is, but for dress."""
     plain = squeezed(text)
-    same = [i for i, choice in enumerate(choices) if plain and squeezed(choice) == plain]
+    exact = text.strip() if re.fullmatch(r"\W?[a-z]\W?", plain) else None  # an option that is a letter itself: "(c)"
+    same = [
+        i for i, choice in enumerate(choices) if plain and squeezed(choice) == plain and exact in (None, choice.strip())
+    ]
     return option_letters(choices)[same[0]] if len({choices[i] for i in same}) == 1 else None
+
+
+def leading_option(text: str, choices: Sequence[str]) -> str | None:
+    """The letter of the option whose text a text begins with, as whole words."""
+    pattern = option_pattern(tuple(choices))
+    text = text.lstrip(MARKS)[:1_000]
+    if pattern is None or not (found := pattern.match(text)):
+        return None
+    return same_option(found[0], choices)
 
 
 def named_option(text: str, choices: Sequence[str] | None) -> str | None:
@@ -95,8 +117,43 @@ def named_option(text: str, choices: Sequence[str] | None) -> str | None:
         return same
     if letter := leading_letter(text, letters):
         return letter
-    named = [] if DENIED.search(text) else letters_named(text, letters)
-    if len(set(named)) == 1:
-        return named[0]
+    denied = DENIED.search(text)
     quoted = options_quoted(text, choices) if choices else []
-    return quoted[0] if len(set(quoted)) == 1 else None
+    for named in ([] if denied else letters_named(text, letters), quoted):
+        if len(set(named)) == 1:
+            return named[0]
+        if named and (head := main_clause(text)) != text and (found := named_option(head, choices)):
+            return found
+    if choices and (found := numeric_option(text, choices)):
+        return found
+    named = [] if denied or quoted else bare_letters(text, letters)
+    return named[0] if len(set(named)) == 1 else None
+
+
+ASIDE = re.compile(
+    r",? (?:while|whereas|since|because|but not|rather than|instead of|unlike|compared)\b|, (?:which|with|as|where|not|specifically)\b",
+    re.IGNORECASE,
+)
+
+
+def main_clause(text: str) -> str:
+    """A sentence up to its first aside."""
+    found = ASIDE.search(text)
+    return text[: found.start()] if found else text
+
+
+@lru_cache(1024)
+def option_values(choices: tuple[str, ...]) -> tuple[float | None, ...]:
+    """The number that each option is, but for a unit; None where it is none or has several."""
+    numbers = [numbers_in(choice) if len(choice) <= SHORT else [] for choice in choices]
+    return tuple(value_of(found[0].text) if len(found) == 1 else None for found in numbers)
+
+
+def numeric_option(text: str, choices: Sequence[str]) -> str | None:
+    """The letter of the one option that is the number a text gives, where every option is a number."""
+    values = option_values(tuple(choices))
+    if None in values or not (found := stated_number(text)):
+        return None
+    value = value_of(found)
+    same = [i for i, one in enumerate(values) if value is not None and one == value]
+    return option_letters(choices)[same[0]] if len(same) == 1 else None

@@ -12,11 +12,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vlm_dft.answers import Kind, stated_answer
-from vlm_dft.equivalence import equivalent, words
+from vlm_dft.equivalence import equivalent, is_mathematics, words
 from vlm_dft.latex_text import latex_text
-from vlm_dft.option_reading import LETTERS, option_letters, same_option
+from vlm_dft.option_reading import leading_letter, option_letters
 from vlm_dft.verdicts import Score
 
+OUTRIGHT = ("boxed", "answer tag")
+"""Rules whose statement is the answer and nothing but: one that is no option answers none, whatever stands elsewhere."""
+STATED = (*OUTRIGHT, "announced")
+_MATHEMATICS = re.compile(r"[\d\\\\=]")
 _LETTER = re.compile(r"\W*([A-Za-z])\W*")
 _LETTERS = re.compile(r"\W*([A-Ha-h])(?:\W+(?:and\W+)?([A-Ha-h]))+\W*", re.IGNORECASE)
 KINDS: dict[str, Kind] = {
@@ -42,12 +46,27 @@ def _chosen(response: str, choices: Sequence[str], gold: str) -> Score:
     right = gold_letters(gold, choices)
     if len(right) > 1 and not choices:
         return _several(response, right)
-    found = stated_answer(response, choices=choices or None, kind="choice")
+    texts = None if list(choices) == list(option_letters(choices)) else choices  # "A", "B", ..: the options are in the picture
+    found = stated_answer(response, choices=texts or None, kind="choice")
+    written = stated_answer(response, kind="expression") if texts else found
+    if texts and written.answer is not None and (written.rule in OUTRIGHT or found.rule not in STATED):
+        letter = _option_meant(written.answer, texts)
+        if letter is not None:
+            return Score(letter in right, letter, f"{written.rule}, value of an option")
+        if written.rule in OUTRIGHT and (found.rule not in OUTRIGHT or _MATHEMATICS.search(written.answer)):
+            return Score(False, written.answer, f"{written.rule}, no option")
     if found.answer is None:
         return Score(False, None, found.rule)
-    chosen = _text_of(found.answer, choices)
-    correct = found.answer in right or (chosen is not None and words(chosen) == words(gold))
-    return Score(correct, found.answer, f"{found.rule}, letter")
+    return Score(found.answer in right, found.answer, f"{found.rule}, letter")
+
+
+def _option_meant(written: str, choices: Sequence[str]) -> str | None:
+    """The letter that a text is, or of the one option that it equals; None for none and for several."""
+    letters = option_letters(choices)
+    if letter := leading_letter(written, letters):
+        return letter
+    same = [letter for letter, text in zip(letters, choices, strict=False) if equivalent(written, text)]
+    return same[0] if len(same) == 1 else None
 
 
 def gold_letters(gold: str, choices: Sequence[str]) -> frozenset[str]:
@@ -65,11 +84,6 @@ def gold_letters(gold: str, choices: Sequence[str]) -> frozenset[str]:
     return frozenset(re.findall(r"[A-H]", gold.upper())) if _LETTERS.fullmatch(gold) else frozenset()
 
 
-def _text_of(letter: str, choices: Sequence[str]) -> str | None:
-    index = (option_letters(choices) or LETTERS).find(letter)
-    return choices[index] if 0 <= index < len(choices) else None
-
-
 def _several(response: str, right: frozenset[str]) -> Score:
     """All letters of a gold answer that has several."""
     found = stated_answer(response, kind="text")
@@ -83,7 +97,15 @@ def _several(response: str, right: frozenset[str]) -> Score:
 
 def _written(response: str, gold: str, kind: Kind, sample: Mapping[str, Any]) -> Score:
     """What a free-form response states, equal in meaning to the gold answer."""
-    found = stated_answer(response, kind=kind)
+    if kind == "number":
+        response = response.replace(" | ", "\n")  # the cells of a table's row are no one sentence
+        written = stated_answer(response, kind="expression")
+        if written.rule in OUTRIGHT and written.answer is not None and is_mathematics(written.answer):
+            kind, found = "expression", written  # what a box holds is the answer, and not one number of it: 16-8\\pi is not 8
+        else:
+            found = stated_answer(response, kind=kind)
+    else:
+        found = stated_answer(response, kind=kind)
     if found.answer is None:
         return Score(False, None, found.rule)
     if kind == "list":

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rapidfuzz.distance import Levenshtein
 
-from vlm_dft.answers import Extracted, stated_answer
+from vlm_dft.answers import Asking, Extracted, Kind, stated_in
+from vlm_dft.option_reading import options_quoted
+from vlm_dft.statements import conclusions, segments, settled
 from vlm_dft.verdicts import Score
+
+LISTS: dict[str | None, Kind] = {"list": "list"}
+BRACKETED = re.compile(r"\(([a-zA-Z])\)")
+
+DOLLAR = re.compile(r"\bS(?=\d)")
+"""A dollar sign as text recognition reads it, and as models copy it."""
 
 
 def score_mathvista(response: str, sample: Mapping[str, Any]) -> Score:
@@ -53,25 +62,43 @@ def _choice(extraction: str, choices: Sequence[str]) -> str:
 
 
 def mathvista_extraction(response: str, sample: Mapping[str, Any]) -> Extracted:
-    """The official short circuits, then what the response says its answer is."""
-    choices = sample.get("choices")
+    """The official short circuits, then what the response says its answer is, as the official extractor (GPT) takes it."""
+    choices, kind = sample.get("choices"), sample.get("answer_type")
     if response == "":
         return Extracted(None, "empty response")
-    if choices:
-        if response in choices:
-            return Extracted(response, "is a choice")
-        return stated_answer(response, choices=choices, kind="choice")
-    kind = sample.get("answer_type")
     try:
-        if kind == "integer":
+        if choices and response in choices:
+            return Extracted(response, "is a choice")
+        if not choices and kind == "integer":
             return Extracted(str(int(response)), "is an integer")
-        if kind == "float":
+        if not choices and kind == "float":
             return Extracted(str(float(response)), "is a float")
     except ValueError:
         pass
-    found = stated_answer(response, kind="list" if kind == "list" else "number")
+    return _read(response, list(choices) if choices else None, kind, sample.get("question"))
+
+
+def _read(response: str, choices: list[str] | None, kind: str | None, question: str | None) -> Extracted:
+    """Of a response that runs on into other questions, the extractor takes the last answer."""
+    if "(Unit: $)" in (question or ""):
+        response = DOLLAR.sub("$", response)
+    asking = Asking(choices, question)
+    found = Extracted(None, "no answer stated")
+    for text in reversed(segments(settled(response), question)):
+        found = _read_choice(text, choices, asking) if choices else stated_in(text, LISTS.get(kind, "number"), asking)
+        if found.answer:
+            return found._replace(answer=found.answer.rstrip("%"))
+        if found.rule == "abstains":
+            break
     return found
 
 
-import re
-BRACKETED = re.compile(r"\(([a-zA-Z])\)")
+def _read_choice(text: str, choices: list[str], asking: Asking) -> Extracted:
+    found = stated_in(text, "choice", asking)
+    if found.answer or found.rule == "abstains":
+        return found
+    best = conclusions(text, asking.question)[:1]
+    if quoted := [letter for part in best for letter in options_quoted(part, choices)]:
+        return Extracted(quoted[0], "first option quoted")
+    number = stated_in(text, "number", asking)  # no option: the nearest to it will do
+    return number if number.answer else found
