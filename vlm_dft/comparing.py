@@ -295,9 +295,8 @@ def _check_draws(benchmark: str, scores: Mapping[str, Sequence[Rows]], warnings:
     draws = {label: sorted({_lcm([rows]) for rows in seeds}) for label, seeds in scores.items()}
     if len({tuple(found) for found in draws.values()}) < 2:
         return
-    differ = (
-        f"responses a sample differ ({'; '.join(f'{label}: {", ".join(map(str, n))}' for label, n in draws.items())})"
-    )
+    said = "; ".join(f"{label}: {', '.join(map(str, counts))}" for label, counts in draws.items())
+    differ = f"the number of responses to a sample differs ({said})"
     if not mixed:
         raise UserError(f"{benchmark}: {differ}. Evaluate the runs alike, or pass --mixed to compare all the same.")
     warnings.append(f"{benchmark}: {differ}.")
