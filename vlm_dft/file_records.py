@@ -4,32 +4,29 @@ from __future__ import annotations
 
 import ast
 import json
-import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
+from vlm_dft.benchmark_cards import EXTRAS
 from vlm_dft.chat import Sample
 from vlm_dft.errors import RowError
 from vlm_dft.foreign_predictions import Prediction, as_text
+from vlm_dft.renaming import lettered as lettered_options
 
 LETTERS = "ABCDEFGHIJ"
-GROUPS = (
-    "task", "context", "source", "category", "grade", "language", "skills", "question_type", "answer_type", "subject",
-    "level", "knowledge_level", "problem_version", "subfield", "skill", "broad_capability", "ques_type", "ans_type", "key",
-)  # fmt: skip
-"""Columns that reports break accuracy down by, in a row or in its `metadata`."""
+OTHER_NAMES = {"subject": "category", "level": "knowledge_level", "variant": "varid", "seed": "qid"}  # VLMEvalKit's
 CLUSTERS = ("cluster", "qid", "problem_index", "ID")  # what variants of one problem share
 LISTED = 20_000  # characters of a list that is written as a text
-_OPTION = re.compile(r"\s*([A-J])\s*[.:]\s*(.*?)\s*;?\s*(?=;\s*[A-J]\s*[.:]|$)", re.DOTALL)
 
 
-def samples_in(predictions: Sequence[Prediction], *, benchmark: str, scorer: str, where: str) -> list[Sample]:
-    """The samples that the rows hold, one a key, in their order. Raises RowError where they hold no right answers."""
+def samples_in(predictions: Sequence[Prediction], card: Mapping[str, Any], *, where: str) -> list[Sample]:
+    """The samples that the rows hold, one a key, in their order, grouped as the card says. Raises RowError for rows without right answers."""
     found: dict[str, Sample] = {}
     for prediction in predictions:
         sample_id = "/".join(prediction.key)
         if sample_id not in found:
-            found[sample_id] = _sample(prediction, sample_id, benchmark, scorer)
+            found[sample_id] = _sample(prediction, sample_id, card)
     without = [sample for sample in found.values() if sample.record["gold_answer"] is None]
     if without:
         what = "no right answers" if len(without) == len(found) else f"no right answer in {len(without):,} rows"
@@ -39,8 +36,8 @@ def samples_in(predictions: Sequence[Prediction], *, benchmark: str, scorer: str
     return list(found.values())
 
 
-def _sample(prediction: Prediction, sample_id: str, benchmark: str, scorer: str) -> Sample:
-    row = prediction.row
+def _sample(prediction: Prediction, sample_id: str, card: Mapping[str, Any]) -> Sample:
+    row, scorer = prediction.row, str(card["scorer"])
     choices = choices_of(row)
     gold = next((row[name] for name in ("answer", "target", "gold_answer") if row.get(name) is not None), None)
     kind = row.get("question_type") or row.get("ques_type") or ("multi_choice" if choices else "free_form")
@@ -53,10 +50,17 @@ def _sample(prediction: Prediction, sample_id: str, benchmark: str, scorer: str)
         "unit": row.get("unit") or None,
         "gold_answer": None if gold is None else _gold(as_text(gold), choices, scorer),
         "scorer": scorer,
-        **{name: as_text(row[name]) for name in ("ID", "key") if row.get(name) is not None},
+        **{name: value for name in EXTRAS if (value := _named(row, name)) is not None},
     }
     cluster = next((as_text(row[name]) for name in CLUSTERS if row.get(name) not in (None, "")), None)
-    return Sample(sample_id, [], [], benchmark, _split(row), record, groups_of(row), cluster)
+    names = [str(path).removesuffix("?").rpartition(".")[2] for path in card.get("groups") or ()]
+    return Sample(sample_id, [], [], str(card["name"]), _split(row), record, groups_of(row, names), cluster)
+
+
+def _named(row: Mapping[str, Any], name: str) -> Any:
+    """A column, or what VLMEvalKit calls it; None where it is not there or empty."""
+    found = next((row[n] for n in (name, OTHER_NAMES.get(name, name)) if row.get(n) not in (None, "")), None)
+    return found
 
 
 def choices_of(row: Mapping[str, Any]) -> list[str] | None:
@@ -66,8 +70,9 @@ def choices_of(row: Mapping[str, Any]) -> list[str] | None:
         listed = read_list(value) if isinstance(value, str) else value
         if isinstance(listed, list):
             return [as_text(item) for item in listed] or None
-        if name == "option" and isinstance(value, str) and (found := _OPTION.findall(value)):
-            return [text for _, text in found]
+        if name == "option" and isinstance(value, str):
+            with suppress(RowError):
+                return lettered_options(value, where="option")
     lettered = [as_text(row[letter]) for letter in LETTERS if row.get(letter) not in (None, "")]
     return lettered or None
 
@@ -86,8 +91,8 @@ def read_list(text: str) -> list[Any] | None:
     return found if isinstance(found, list) else None
 
 
-def groups_of(row: Mapping[str, Any]) -> dict[str, str | tuple[str, ...]]:
-    """What a row's accuracy is broken down by; several labels (skills) as a tuple."""
+def groups_of(row: Mapping[str, Any], names: Sequence[str]) -> dict[str, str | tuple[str, ...]]:
+    """What a row's accuracy is broken down by: of `names` those that it, or its `metadata`, has; several labels as a tuple."""
     metadata = row.get("metadata")
     if isinstance(metadata, str) and metadata.lstrip().startswith("{") and len(metadata) < LISTED:
         try:
@@ -96,12 +101,12 @@ def groups_of(row: Mapping[str, Any]) -> dict[str, str | tuple[str, ...]]:
             metadata = None
     known = {**(metadata if isinstance(metadata, Mapping) else {}), **row}
     groups: dict[str, str | tuple[str, ...]] = {}
-    for name in GROUPS:
-        value = known.get(name)
+    for name in names:
+        value = _named(known, name)
         value = read_list(value) or value if isinstance(value, str) else value
         if isinstance(value, list):
             groups[name] = tuple(as_text(item) for item in value)
-        elif value not in (None, "") and len(as_text(value)) <= 100:
+        elif value is not None:
             groups[name] = as_text(value).strip()
     return groups
 

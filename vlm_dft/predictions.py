@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlm_dft.chat import Sample
 from vlm_dft.errors import RowError
 from vlm_dft.foreign_predictions import ForeignFile, Prediction, read_predictions
 from vlm_dft.matching import Matched, match
 from vlm_dft.runs import write_text
-from vlm_dft.scoring import Score, score_response
+from vlm_dft.scoring import score_response
+
+if TYPE_CHECKING:
+    from vlm_dft.judge import Judge
 
 OWN = ("vlm-dft", "plain")  # formats whose ids are the samples'
 MANY = 2_000  # responses from which several processes score
 MOST = 8  # processes
-Judge = Callable[[str, Mapping[str, Any]], Score | None]
-"""A response and a sample's record in; the Score that a judge gives, or None to leave it to the rule."""
+ASKED = 16  # responses that a judge has at once
 
 
 def score_predictions(
@@ -54,14 +59,17 @@ def refuse_partial(file: ForeignFile, matched: Matched, hint: str = "") -> None:
 
 
 def score_pairs(pairs: Sequence[tuple[Sample, Prediction]], *, judge: Judge | None = None) -> list[dict[str, Any]]:
-    """Rows of scores.jsonl, in the pairs' order; of many, worked out in several processes (a judge is asked in this one)."""
+    """Rows of scores.jsonl, in the pairs' order; of many, worked out in several processes (a judge is asked on threads)."""
+    if judge is not None:
+        with ThreadPoolExecutor(ASKED) as pool:
+            return list(pool.map(partial(_scored, judge=judge), range(len(pairs)), pairs))
     workers = min(MOST, _cores())
-    if judge is not None or workers < 2 or len(pairs) < MANY:
-        return [_scored(k, pair, judge) for k, pair in enumerate(pairs)]
+    if workers < 2 or len(pairs) < MANY:
+        return [_scored(k, pair) for k, pair in enumerate(pairs)]
     from vlm_dft.workers import in_parallel
 
-    lean = ((Sample(s.id, [], [], s.benchmark, s.split, s.record, s.groups, s.cluster), p) for s, p in pairs)
-    return list(in_parallel(_scored, enumerate(lean), workers, what="scoring"))  # without messages and pictures
+    lean = ((replace(sample, messages=[], images=[]), replace(said, row={})) for sample, said in pairs)
+    return list(in_parallel(_scored, enumerate(lean), workers, what="scoring"))
 
 
 def _scored(_: int, pair: tuple[Sample, Prediction], judge: Judge | None = None) -> dict[str, Any]:
@@ -86,9 +94,8 @@ def stored_verdict(sample: Sample, said: Prediction) -> dict[str, Any]:
 def score_row(sample: Sample, prediction: Mapping[str, Any], *, judge: Judge | None = None) -> dict[str, Any]:
     """A row of scores.jsonl, from a sample and its row of predictions.jsonl: the official verdict, and the robust one in it."""
     response, scorer = prediction["response"], sample.record["scorer"]
-    score = (judge(response, sample.record) if judge is not None else None) or score_response(
-        response, sample.record, benchmark=scorer
-    )
+    official = judge.score if judge is not None else score_response
+    score = official(response, sample.record, benchmark=scorer)
     robust = score_response(response, sample.record, benchmark=scorer, rule="robust")
     return {
         "id": sample.id, "draw": prediction.get("draw", 0), "benchmark": sample.benchmark, "split": sample.split,

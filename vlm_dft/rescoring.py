@@ -6,18 +6,21 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlm_dft.benchmarks import load_benchmark, read_benchmark
 from vlm_dft.chat import Sample
-from vlm_dft.errors import CardError, UserError
+from vlm_dft.errors import UserError
 from vlm_dft.file_records import samples_in
 from vlm_dft.foreign_predictions import ForeignFile, Prediction, check_benchmark, find_predictions, read_predictions
 from vlm_dft.matching import Matched, match
 from vlm_dft.metrics import summarise
 from vlm_dft.official import OFFICIAL
-from vlm_dft.predictions import OWN, Judge, refuse_partial, score_pairs, write_scores
+from vlm_dft.predictions import OWN, refuse_partial, score_pairs, write_scores
 from vlm_dft.runs import write_json, write_text
+
+if TYPE_CHECKING:
+    from vlm_dft.judge import Judge
 
 ABOUT = (
     "model",
@@ -56,7 +59,13 @@ def rescore(
     check_benchmark(file, name=name, scorer=scorer, known=list(OFFICIAL))
     about = _about(file)
     data = data or about.get("data")
-    samples, whence = _samples(file, card, benchmark, data, protocol or about.get("protocol"), about.get("limit"))
+    samples, whence, remarks = _samples(
+        file, card, benchmark, data, protocol or about.get("protocol"), about.get("limit")
+    )
+    if not data and isinstance(card.get("rows"), int) and len(samples) < card["rows"] and file.format.name not in OWN:
+        remarks = [
+            f"{len(samples):,} of the {card['rows']:,} samples that the card says are in the file: not the whole set"
+        ]
     own = file.format.name in OWN or not data
     matched = match(samples, file.predictions, file.oddities, ids_only=own)
     if not matched.pairs:
@@ -74,8 +83,9 @@ def rescore(
         "protocol": protocol or about.get("protocol"),
         "data": data,
         **{key: about.get(key) for key in ("limit", "engine", "decoding")},
+        "judge": None if judge is None else judge.summary(),
         "splits": summarise(rows, card.get("metrics") or ()),
-        "source": _source(file, matched, samples, rows, whence),
+        "source": {**_source(file, matched, samples, rows, whence), "remarks": remarks},
         **_stored(rows),
     }
     return Rescored(file, matched, rows, results, _lines(results))
@@ -129,22 +139,17 @@ def _samples(
     data: str | None,
     protocol: str | None,
     limit: int | None,
-) -> tuple[list[Sample], str]:
-    """The samples, and in words where they are from."""
-    embedded = all("embedded" in source for source in card["splits"].values())
-    if data is None and not embedded and file.format.name not in OWN:
-        made = samples_in(
-            file.predictions, benchmark=str(card["name"]), scorer=str(card["scorer"]), where=str(file.path)
-        )
-        return made, "the file's own rows (no --data)"
-    more: dict[str, Any] = {} if protocol is None else {"protocol": protocol}
-    splits = load_benchmark(benchmark, data, limit=limit, **more)
+) -> tuple[list[Sample], str, list[str]]:
+    """The samples, in words where they are from, and what is to be said of them."""
+    if data is None and file.format.name not in OWN:
+        return samples_in(file.predictions, card, where=str(file.path)), "the file's own rows (no --data)", []
+    splits = load_benchmark(benchmark, data, limit=limit, **({} if protocol is None else {"protocol": protocol}))
     listed = [sample for split in splits.values() for sample in split]
     held = {str(p.row["split"]) for p in file.predictions} if file.format.name == "vlm-dft" else set()
     if held and held < set(splits):  # a run of some splits
         listed = [sample for sample in listed if sample.split in held]
-    where = "the embedded set" if embedded else f"{data}" if data else "the hub"
-    return listed, where + (f", the first {limit:,} of each split" if limit else "")
+    where = str(data) if data else "the card's own source"
+    return listed, where + (f", the first {limit:,} of each split" if limit else ""), splits.remarks
 
 
 def _model(file: ForeignFile) -> str:
@@ -204,6 +209,8 @@ def _lines(results: Mapping[str, Any]) -> list[str]:
         f"{source['file']}: {source['responses']:,} responses, format of {source['format']}; samples: {source['samples']:,} from "
         f"{source['samples_from']}, matched by {source['matched_by']}"
     ]
+    lines += source["remarks"]
+    lines += [f"judge {results['judge']}"] if results["judge"] else []
     lines += [f"odd: {found['count']:,} {what} (first: {found['first']})" for what, found in source["oddities"].items()]
     for what, name in (("unreadable", "rows cannot be read"), ("unknown", "responses are of no sample, and not scored"),
                        ("missing", "samples have no response, or fewer than others")):  # fmt: skip
@@ -225,13 +232,3 @@ def _lines(results: Mapping[str, Any]) -> list[str]:
             f"{100 * stored['verdicts_right'] / stored['verdicts']:.1f} %; ours from the responses differs in {stored['official_differs']:,}"
         )
     return lines
-
-
-def card_rows(card: Mapping[str, Any]) -> int | None:
-    """How many samples a card says its benchmark has."""
-    rows = card.get("rows")
-    if isinstance(rows, Mapping):
-        return sum(int(count) for count in rows.values())
-    if rows is not None and not isinstance(rows, int):
-        raise CardError(f"rows of a card must be a number, found {rows!r}.")
-    return rows

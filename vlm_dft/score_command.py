@@ -52,7 +52,7 @@ def score_command(arguments: argparse.Namespace) -> int:
         raise UserError(f"--output {arguments.output!r} is a file. Expected a folder.")
     done = rescore(
         arguments.predictions, arguments.benchmark, data=arguments.data, protocol=arguments.protocol,
-        allow_partial=arguments.allow_partial, judge=_judge(arguments.judge, arguments.judge_model),
+        allow_partial=arguments.allow_partial, judge=_judge(arguments.judge, arguments.judge_model, arguments.output),
     )  # fmt: skip
     for line in done.said:
         echo(line)
@@ -100,12 +100,16 @@ def _convert(target: Path, done: Any) -> None:
     echo(f"{target}: {written['rows']:,} rows for VLMEvalKit{changed}{draws}")
 
 
-def _judge(url: str | None, model: str | None) -> Any:
+def _judge(url: str | None, model: str | None, output: str | None) -> Any:
+    """The judge, if one is named; its replies are kept in the output folder, else in the cache's."""
     if (url is None) != (model is None):
         raise UserError("A judge needs both --judge URL and --judge-model MODEL.")
     if url is None:
         return None
-    raise UserError("--judge: to be wired")
+    from vlm_dft.embedded.drawn import cache_root
+    from vlm_dft.judge import Judge
+
+    return Judge(url, str(model), (Path(output) if output else cache_root()) / "judge")
 
 
 def results_table(results: Mapping[str, Any]) -> Any:
