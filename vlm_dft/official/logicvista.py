@@ -8,7 +8,7 @@ from typing import Any
 
 from vlm_dft.answers import Asking, Extracted, stated_in
 from vlm_dft.option_reading import DENIED, LETTERS, bare_letters, leading_letter, letters_named
-from vlm_dft.statements import conclusions, segments, settled, statements, without_listing
+from vlm_dft.statements import bare, conclusions, segments, settled, statements, without_listing
 from vlm_dft.verdicts import Score
 
 NONE = "zzzzz"
@@ -16,9 +16,21 @@ NONE = "zzzzz"
 
 SEVERAL = re.compile(r"\(?\b[A-H]\b\)?(?:(?:\s?,\s?(?:and|or)?|\s?&|\s+and|\s+or)\s*\(?\b[A-H]\b\)?(?!['’]))+")
 LETTER = re.compile(r"\b[A-H]\b")
-LIST_MARK = re.compile(r"(?m)^\s*\d{1,2}[.)]\s*")
+CLAUSE = re.compile(r"[,;:]\s")
+LIST_MARK = re.compile(r"(?m)^\s*\d{1,2}[.)]\s+")
 OPTION = re.compile(r"\(?\b([A-H])\)\s*")
-SUBJECT = re.compile(r"(?:(?:option|figure|diagram|set|choice|box|situation)s?\s+)?([A-H])\s+(?:is|has|was|will|would|does|shows|represents|fits|completes|matches|corresponds)\b", re.I)
+SUBJECT = re.compile(
+    r"(?:(?:option|figure|diagram|set|choice|box|situation)s?\s+)?([A-H])\s+"
+    r"(?:is|has|was|will|would|does|shows|represents|fits|completes|matches|corresponds)\b",
+    re.IGNORECASE,
+)
+CLAUSE = re.compile(r"[,;:]\s")
+LIST_MARK = re.compile(r"(?m)^\s*\d{1,2}[.)]\s+")
+OPTION = re.compile(r"\(?\b([A-H])\)\s*")
+SUBJECT = re.compile(
+    r"(?:(?:option|figure|diagram|set|choice|box|situation)s?\s+)?([A-H])\s+(?:is|has|was|will|would|does|shows|represents|fits|completes|matches|corresponds)\b",
+    re.I,
+)
 
 
 def score_logicvista(response: str, sample: Mapping[str, Any]) -> Score:
@@ -59,12 +71,16 @@ def logicvista_extraction(response: str, sample: Mapping[str, Any]) -> Extracted
 
 def _chosen(text: str, question: str) -> Extracted:
     choices = options_asked(question)
+    text = _after_echo(text, question)
     for one in reversed(statements(text)):
-        if letters := _set(one.text, question):
+        if letters := _set(one.text, question, announced=True):
             return Extracted(letters, one.rule)
     if letters := _only_letters(text):
         return Extracted(letters, "letters alone")
-    if letter := leading_letter(text, LETTERS):
+    letter = leading_letter(text, LETTERS)
+    if letter and not re.search(
+        rf"\n[\s*_-]{{0,6}}\(?{chr(ord(letter) + 1)}[).:]", text
+    ):  # else: one option after the other
         return Extracted(letter, "leading letter")
     ranked = conclusions(text, question)
     for part in ranked[:3]:
@@ -74,6 +90,19 @@ def _chosen(text: str, question: str) -> Extracted:
     if len(set(named)) == 1:
         return Extracted(named[0], "only letter")
     return stated_in(text, "choice", Asking(choices, question)) if choices else Extracted(None, "no letter chosen")
+
+
+def _after_echo(text: str, question: str) -> str:
+    """What follows the question where a response begins by repeating it; all of it where nothing follows."""
+    own, seen = bare(question), 0
+    start = bare(text).find(own[:2_000]) if len(own) >= 20 else -1
+    if not 0 <= start <= 60:
+        return text
+    for i, character in enumerate(text):
+        seen += character.isalnum() and len(character.casefold())
+        if seen >= start + len(own):
+            return text[i + 1 :]
+    return text
 
 
 def options_asked(question: str) -> list[str] | None:
@@ -89,22 +118,25 @@ def options_asked(question: str) -> list[str] | None:
 
 def _only_letters(text: str) -> str | None:
     """The letters of a text that has nothing but letters and what joins them."""
-    rest = re.sub(r"\band\b|[\s,.;&()]", " ", text).split()
+    rest = re.sub(r"\band\b|[\s,;&]", " ", text).split()
     return ", ".join(dict.fromkeys(rest)) if rest and all(len(one) == 1 and one in LETTERS for one in rest) else None
 
 
-def _set(text: str, question: str) -> str | None:
-    """The letters one statement chooses, joined by ", "; none that it denies, offers or only repeats from the question."""
+def _set(text: str, question: str, *, announced: bool = False) -> str | None:
+    """The letters one statement chooses, joined by ", "; none that it denies, offers, or only repeats in brackets."""
     for several in SEVERAL.finditer(text):
         letters = list(dict.fromkeys(LETTER.findall(several[0])))
-        if len(letters) > 1 and " or " not in several[0] and ", ".join(letters) not in ", ".join(LETTER.findall(question)):
+        offered = " or " in several[0] or text[: several.start()].rstrip().endswith(("(", "from", "options"))
+        if (
+            len(letters) > 1
+            and not offered
+            and not DENIED.search(text, max(0, several.start() - 30), several.end() + 30)
+        ):
             return ", ".join(letters)
-    if (letter := leading_letter(text, LETTERS)) and not SEVERAL.match(text):
+    if not SEVERAL.match(text) and (letter := leading_letter(text, LETTERS)) and (announced or not DENIED.search(text)):
         return letter
-    if DENIED.search(text):
-        return None
-    if subject := SUBJECT.match(text):
+    kept = " ".join(clause for clause in CLAUSE.split(SEVERAL.sub(" ", text)) if not DENIED.search(clause))
+    if subject := SUBJECT.match(kept):
         return subject[1].upper()
-    rest = SEVERAL.sub(" ", text)
-    named = list(dict.fromkeys(letters_named(rest, LETTERS) or bare_letters(rest, LETTERS)))
+    named = list(dict.fromkeys(letters_named(kept, LETTERS) or bare_letters(kept, LETTERS)))
     return named[0] if len(named) == 1 else None
