@@ -21,8 +21,11 @@ NAMED = re.compile(rf"(?:\b(?:{KINDS})\s+[*\"'(\[]{{0,3}}|选项?\s?|答案\s?)(
 LEADING = re.compile(
     r"[({\[]?\s?([A-Za-z])\s?(?:[)\]}]|[.:,、;](?=\s|$|[^\x00-\x7f])|[:.]?\*\*|$|\s?[-=–—]\s|(?=[\u4e00-\u9fff]))"
 )
+PREFIX = re.compile(
+    r"(?:the\s+)?(?:correct\s+)?(?:option|choice|answer|letter|选项?)\s*:?\s*(?=[(\[*\"'A-Z])", re.IGNORECASE
+)
 BARE = re.compile(r"(?<![\w'’\\/^_+=-])(?<!\b[A-Z] )([A-Z])(?![\w'’^_/+=(]|-\w| [A-Z]\b| ?[=+])")
-ARTICLE = re.compile(r"A\s+[a-z]|I\s+[a-z']|A\s*$", re.DOTALL)
+ARTICLE = re.compile(r"A\s+(?!is\b|was\b|has\b|and\b|or\b|because\b|since\b)[a-z]|I\s+[a-z']")
 SEVERAL = re.compile(r"[({\[]?\s?[A-H]\s?[)\]}]?\s?(?:,|and|or|&|/|或|和)\s?(?:and |or )?[({\[]?\s?[A-H]\b(?![a-z])")
 DENIED = re.compile(
     r"\b(?:not|isn't|aren't|wasn't|cannot|can't|neither|nor|incorrect|wrong|false|invalid|eliminat\w*|rule[sd]? out"
@@ -47,7 +50,7 @@ def squeezed(text: str) -> str:
 
 def leading_letter(text: str, letters: str) -> str | None:
     """The letter a text begins with, in any dress: "(B) no", "B. no", "**b**", "B"; several letters are none."""
-    text = text.lstrip(MARKS)
+    text = PREFIX.sub("", text.lstrip(MARKS)).lstrip(MARKS)
     found = LEADING.match(text)
     if not found or found[1].upper() not in letters or SEVERAL.match(text):
         return None
@@ -98,7 +101,13 @@ def same_option(text: str, choices: Sequence[str]) -> str | None:
     same = [
         i for i, choice in enumerate(choices) if plain and squeezed(choice) == plain and exact in (None, choice.strip())
     ]
+    if not same and plain in JUDGEMENTS:
+        same = [i for i, choice in enumerate(choices) if squeezed(choice) == JUDGEMENTS[plain]]
     return option_letters(choices)[same[0]] if len({choices[i] for i in same}) == 1 else None
+
+
+JUDGEMENTS = {"yes": "true", "true": "yes", "no": "false", "false": "no"}
+"""What a yes means where the options are true and false, and the other way round."""
 
 
 def leading_option(text: str, choices: Sequence[str]) -> str | None:
@@ -106,7 +115,8 @@ def leading_option(text: str, choices: Sequence[str]) -> str | None:
     pattern = option_pattern(tuple(choices))
     text = text.lstrip(MARKS)[:1_000]
     if pattern is None or not (found := pattern.match(text)):
-        return None
+        word = re.match(r"(?:yes|no|true|false)\b", text, re.IGNORECASE)
+        return same_option(word[0], choices) if word else None
     return same_option(found[0], choices)
 
 

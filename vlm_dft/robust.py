@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vlm_dft.answers import Kind, stated_answer
+from vlm_dft.answers import SHORT, Extracted, Kind, stated_answer
 from vlm_dft.equivalence import equivalent, is_mathematics, words
 from vlm_dft.latex_text import latex_text
 from vlm_dft.option_reading import leading_letter, option_letters
@@ -34,21 +34,21 @@ KINDS: dict[str, Kind] = {
 def score_robust(response: str, sample: Mapping[str, Any]) -> Score:
     """Score a response by what it states and what that means. Never raises on a response."""
     choices = [str(choice) for choice in sample.get("choices") or ()]
-    gold = str(sample["gold_answer"])
+    gold, question = str(sample["gold_answer"]), sample.get("question")
     if sample.get("question_type") == "multi_choice" or choices:
-        return _chosen(response, choices, gold)
+        return _chosen(response, choices, gold, question)
     kind = KINDS.get(str(sample.get("answer_type"))) or _kind_of(gold)
     return _written(response, gold, kind, sample)
 
 
-def _chosen(response: str, choices: Sequence[str], gold: str) -> Score:
+def _chosen(response: str, choices: Sequence[str], gold: str, question: str | None) -> Score:
     """The letter stated is the gold letter's, or that of an option whose text is the gold answer."""
     right = gold_letters(gold, choices)
     if len(right) > 1 and not choices:
-        return _several(response, right)
+        return _several(response, right, question)
     texts = None if list(choices) == list(option_letters(choices)) else choices  # "A", "B", ..: the options are in the picture
-    found = stated_answer(response, choices=texts or None, kind="choice")
-    written = stated_answer(response, kind="expression") if texts else found
+    found = stated_answer(response, choices=texts or None, kind="choice", question=question)
+    written = stated_answer(response, kind="expression", question=question) if texts else found
     if texts and written.answer is not None and (written.rule in OUTRIGHT or found.rule not in STATED):
         letter = _option_meant(written.answer, texts)
         if letter is not None:
@@ -84,9 +84,9 @@ def gold_letters(gold: str, choices: Sequence[str]) -> frozenset[str]:
     return frozenset(re.findall(r"[A-H]", gold.upper())) if _LETTERS.fullmatch(gold) else frozenset()
 
 
-def _several(response: str, right: frozenset[str]) -> Score:
+def _several(response: str, right: frozenset[str], question: str | None) -> Score:
     """All letters of a gold answer that has several."""
-    found = stated_answer(response, kind="text")
+    found = stated_answer(response, kind="text", question=question)
     if found.answer is None:
         return Score(False, None, found.rule)
     letters = frozenset(re.findall(r"(?<![A-Za-z'])[A-H](?![A-Za-z'])", found.answer.upper() if len(found.answer) < 12 else found.answer))
@@ -97,15 +97,8 @@ def _several(response: str, right: frozenset[str]) -> Score:
 
 def _written(response: str, gold: str, kind: Kind, sample: Mapping[str, Any]) -> Score:
     """What a free-form response states, equal in meaning to the gold answer."""
-    if kind == "number":
-        response = response.replace(" | ", "\n")  # the cells of a table's row are no one sentence
-        written = stated_answer(response, kind="expression")
-        if written.rule in OUTRIGHT and written.answer is not None and is_mathematics(written.answer):
-            kind, found = "expression", written  # what a box holds is the answer, and not one number of it: 16-8\\pi is not 8
-        else:
-            found = stated_answer(response, kind=kind)
-    else:
-        found = stated_answer(response, kind=kind)
+    question = sample.get("question")
+    found = _number(response, question) if kind == "number" else stated_answer(response, kind=kind, question=question)
     if found.answer is None:
         return Score(False, None, found.rule)
     if kind == "list":
@@ -113,6 +106,17 @@ def _written(response: str, gold: str, kind: Kind, sample: Mapping[str, Any]) ->
     else:
         correct = equivalent(found.answer, gold, unit=sample.get("unit"), precision=sample.get("precision"))
     return Score(correct, found.answer, f"{found.rule}, {'equal' if kind == 'text' else 'equivalent'} {kind}")
+
+
+def _number(response: str, question: str | None) -> Extracted:
+    """The number that a response states: a box or a whole response of mathematics is the answer, not one number of it (16-8\\pi is not 8)."""
+    if len(response) <= SHORT and is_mathematics(response):
+        return Extracted(response.strip(), "whole response")
+    response = response.replace(" | ", "\n")  # the cells of a table's row are no one sentence
+    written = stated_answer(response, kind="expression", question=question)
+    if written.rule in OUTRIGHT and written.answer is not None and is_mathematics(written.answer):
+        return written
+    return stated_answer(response, kind="number", question=question)
 
 
 def _bracketed(text: str) -> str:

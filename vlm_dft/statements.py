@@ -72,7 +72,9 @@ CUE = re.compile(
     r"|(?:故|所以|因此|应该?|则|可|综上,?)选择?\s?:?\s?|####\s?",
     re.IGNORECASE,
 )
-END = re.compile(r"[.!?](?=[\s*\"')]|$)(?<!\b[A-Za-z]\.)(?<!\(\w\.)(?<!vs\.)(?<!no\.)|[。\n]")
+END = re.compile(
+    r"[.!?](?=[\s*\"')]|$)(?<!\A[A-Za-z]\.)(?<!\n[A-Za-z]\.)(?<!\.[A-Za-z]\.)(?<!\(\w\.)(?<!vs\.)(?<!no\.)|[。\n]"
+)
 
 
 def boxed(text: str) -> Iterator[Statement]:
