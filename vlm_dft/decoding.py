@@ -68,9 +68,7 @@ class Decoding:
 
     def uniforms(self, asked: Iterable[tuple[str, int]], steps: int) -> NDArray[np.float64]:
         """[len(asked), steps] numbers in [0, 1) that choose the tokens of each (id, draw)."""
-        return np.stack(
-            [np.random.Generator(np.random.Philox(key=self.key(*one))).random(steps) for one in asked]
-        )
+        return np.stack([np.random.Generator(np.random.Philox(key=self.key(*one))).random(steps) for one in asked])
 
 
 GREEDY = Decoding()

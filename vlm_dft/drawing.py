@@ -26,7 +26,7 @@ class SeededDraws(LogitsProcessor):
         """scores [rows, vocabulary] with 0 at the drawn ids and -inf elsewhere."""
         probabilities = torch.softmax(scores.double() / self.temperature, -1)
         if self.top_p < 1:
-            largest, order = probabilities.sort(-1, descending=True, stable=True)
+            largest, order = probabilities.sort(dim=-1, descending=True, stable=True)
             beyond = largest.cumsum(-1) - largest >= self.top_p
             probabilities = probabilities.scatter(-1, order, largest.masked_fill(beyond, 0.0))
         summed = probabilities.cumsum(-1)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import gc
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,9 +86,10 @@ def generate(
         unfinished = [batch for batch in mine if any((samples[k].id, draw) in missing for k, draw in batch)]
         with Bar(sum(map(len, mine)), title if show else None, unit="response") as bar:
             bar.update(sum(map(len, mine)) - sum(map(len, unfinished)))
-            for batch, rows in _answered(asked, unfinished):
-                file.add(rows)
-                bar.update(len(batch))
+            with closing(_answered(asked, unfinished)) as answered:
+                for batch, rows in answered:
+                    file.add(rows)
+                    bar.update(len(batch))
         file.how["halved_batches"] = asked.halved
         return file.finish()
 
@@ -113,13 +114,10 @@ def answers(
         return []
     asked = _asked(model, collator, samples, decoding, max_new_tokens, together=together)
     found: dict[Place, dict[str, Any]] = {}
-    answered = _answered(asked, _batches(asked, batch_size))
-    try:
+    with closing(_answered(asked, _batches(asked, batch_size))) as answered:
         for batch, rows in answered:
             found |= dict(zip(batch, rows, strict=True))
             on_batch(len(found))
-    finally:
-        answered.close()
     return [found[place] for place in decoding.draws(len(samples))]
 
 
@@ -155,7 +153,7 @@ def _batches(asked: Asked, size: int) -> list[Batch]:
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-def _answered(asked: Asked, batches: Sequence[Batch]) -> Iterator[tuple[Batch, list[dict[str, Any]]]]:
+def _answered(asked: Asked, batches: Sequence[Batch]) -> Generator[tuple[Batch, list[dict[str, Any]]]]:
     """(places, their rows), a batch at a time, or parts of it where it does not fit."""
     with _few_threads(asked.model):
         for batch, inputs in _prefetched(asked.inputs, batches):
@@ -193,7 +191,9 @@ def _make_room(asked: Asked, batch: Batch) -> None:
             "free memory: is something else on this device?"
         )
     if not asked.halved:
-        asked.say(f"memory does not suffice for a batch of {len(batch)}: batches as large are halved, the rows stay the same")
+        asked.say(
+            f"memory does not suffice for a batch of {len(batch)}: batches as large are halved, the rows stay the same"
+        )
     asked.halved += 1
     asked.room = asked.size(batch) * 0.51
 
