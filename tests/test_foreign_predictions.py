@@ -27,7 +27,11 @@ from vlm_dft.matching import match
 from vlm_dft.official import OFFICIAL
 from vlm_dft.vlmevalkit_files import write_vlmevalkit
 
-QUESTIONS = ("How many red bars are taller than the blue one?", "What is the area of the shaded square?", "Which of the three lines is the longest?")
+QUESTIONS = (
+    "How many red bars are taller than the blue one?",
+    "What is the area of the shaded square?",
+    "Which of the three lines is the longest?",
+)
 
 
 def lines(path: Path, rows: Iterable[Any]) -> Path:
@@ -50,7 +54,9 @@ def table(path: Path, rows: Iterable[Iterable[Any]]) -> Path:
 
 
 def sample(sample_id: str, question: str = "", gold: str = "1", **record: Any) -> Sample:
-    return Sample(sample_id, [], [], "gsm8k", "test", {"question": question, "gold_answer": gold, "scorer": "gsm8k", **record})
+    return Sample(
+        sample_id, [], [], "gsm8k", "test", {"question": question, "gold_answer": gold, "scorer": "gsm8k", **record}
+    )
 
 
 FILES: dict[str, tuple[Callable[[Path], Path], list[tuple[tuple[str, ...], int, str]]]] = {
@@ -134,7 +140,9 @@ ODD: dict[str, tuple[Any, str, str]] = {  # a response in JSON, what it is read 
 @pytest.mark.parametrize("case", ODD)
 def test_an_odd_response_is_read_and_counted(case: str, tmp_path: Path) -> None:
     value, expected, counted = ODD[case]
-    found = read_predictions(lines(tmp_path / "p.jsonl", [{"index": 1, "prediction": value}, {"index": 2, "prediction": "x"}]))
+    found = read_predictions(
+        lines(tmp_path / "p.jsonl", [{"index": 1, "prediction": value}, {"index": 2, "prediction": "x"}])
+    )
     assert [p.response for p in found.predictions] == [expected, "x"]
     (line,) = found.oddities.lines()
     assert line.startswith(counted) and line.endswith("(first: p.jsonl, row 0, column 'prediction')")
@@ -146,7 +154,11 @@ def test_cells_of_a_spreadsheet_are_read_as_they_were_written(tmp_path: Path) ->
                                        [6, "a_x000D_b"], [7, "#N/A"]])  # fmt: skip
     found = read_predictions(path)
     assert [p.response for p in found.predictions] == ["5", "=4+1", "007", "5.0", "", "a\rb", ""]
-    assert {what.split()[0]: count for what, count in found.oddities.counts.items()} == {"numbers": 1, "formula": 1, "null": 2}
+    assert {what.split()[0]: count for what, count in found.oddities.counts.items()} == {
+        "numbers": 1,
+        "formula": 1,
+        "null": 2,
+    }
 
 
 BAD: dict[str, tuple[str, bytes, str]] = {  # name, content, what is said
@@ -211,7 +223,9 @@ def test_a_folder_names_its_one_file(tmp_path: Path) -> None:
     lines(tmp_path / "Qwen_MathVision.jsonl", [{}])
     assert find_predictions(tmp_path, "mathvista") == vista
     lines(tmp_path / "Other_MathVista.jsonl", [{}])
-    with pytest.raises(UserError, match=r"Name one of what it holds: Other_MathVista\.jsonl, Qwen_MathVista_MINI\.jsonl"):
+    with pytest.raises(
+        UserError, match=r"Name one of what it holds: Other_MathVista\.jsonl, Qwen_MathVista_MINI\.jsonl"
+    ):
         find_predictions(tmp_path, "mathvista")
     (tmp_path / "mathvista").mkdir()
     ours = lines(tmp_path / "mathvista" / "predictions.jsonl", [{}])
@@ -241,7 +255,9 @@ def test_a_files_name_may_name_two_benchmarks() -> None:
     assert said_benchmarks("MathVision-tuned_MathVista_MINI", list(OFFICIAL)) == {"mathvision", "mathvista"}
 
 
-def matched(tmp_path: Path, samples: list[Sample], rows: list[Mapping[str, Any]]) -> tuple[str, dict[str, list[str]], list[str], list[str]]:
+def matched(
+    tmp_path: Path, samples: list[Sample], rows: list[Mapping[str, Any]]
+) -> tuple[str, dict[str, list[str]], list[str], list[str]]:
     file = read_predictions(lines(tmp_path / "m.jsonl", rows))
     found = match(samples, file.predictions, file.oddities)
     pairs: dict[str, list[str]] = {}
@@ -252,20 +268,39 @@ def matched(tmp_path: Path, samples: list[Sample], rows: list[Mapping[str, Any]]
 
 def test_predictions_are_matched_by_id_place_or_question(tmp_path: Path) -> None:
     asked = [sample(str(k + 1), question) for k, question in enumerate(QUESTIONS)]
-    rows = [{"index": k, "question": f"Hint: say it.\nQuestion: {q}", "prediction": q[:5]} for k, q in enumerate(QUESTIONS)]
+    rows = [
+        {"index": k, "question": f"Hint: say it.\nQuestion: {q}", "prediction": q[:5]} for k, q in enumerate(QUESTIONS)
+    ]
     right = {str(k + 1): [q[:5]] for k, q in enumerate(QUESTIONS)}
     assert matched(tmp_path, asked, [{**row, "index": row["index"] + 1} for row in rows]) == ("id", right, [], [])
-    assert matched(tmp_path, asked, rows) == ("place in the data, counted from 0", right, [], [])  # ids 1 and 2 are there, and ask else
+    assert matched(tmp_path, asked, rows) == (
+        "place in the data, counted from 0",
+        right,
+        [],
+        [],
+    )  # ids 1 and 2 are there, and ask else
     shuffled = [{**row, "index": f"x{row['index']}"} for row in reversed(rows)]
     assert matched(tmp_path, asked, shuffled) == ("question", right, [], [])
-    assert matched(tmp_path, asked, [{**row, "index": f"x{row['index']}", "pid": row["index"] + 1} for row in rows])[0] == "column pid"
-    other = [{"index": k + 1, "question": f"Quite another thing, number {k}, is asked here.", "prediction": "?"} for k in range(3)]
+    assert (
+        matched(tmp_path, asked, [{**row, "index": f"x{row['index']}", "pid": row["index"] + 1} for row in rows])[0]
+        == "column pid"
+    )
+    other = [
+        {"index": k + 1, "question": f"Quite another thing, number {k}, is asked here.", "prediction": "?"}
+        for k in range(3)
+    ]
     assert matched(tmp_path, asked, other) == ("nothing", {}, ["1", "2", "3"], ["1", "2", "3"])
 
 
 def test_a_question_that_a_harness_has_cleaned_is_still_the_samples(tmp_path: Path) -> None:
     asked = [sample("7", "<image1> What is the area of the  shaded square, in cm\u00b2 (to the nearest whole number)?")]
-    rows = [{"index": 7, "question": "What is the area of the shaded square in cm^2 (to the nearest whole number)", "prediction": "4"}]
+    rows = [
+        {
+            "index": 7,
+            "question": "What is the area of the shaded square in cm^2 (to the nearest whole number)",
+            "prediction": "4",
+        }
+    ]
     assert matched(tmp_path, asked, rows)[:2] == ("id", {"7": ["4"]})
 
 
@@ -278,7 +313,9 @@ def test_places_without_a_question_are_believed_where_the_answers_agree(tmp_path
 
 def test_equal_questions_are_told_apart_by_their_answers(tmp_path: Path) -> None:
     asked = [sample("a", QUESTIONS[0], "5"), sample("b", QUESTIONS[0], "6")]
-    rows = [{"index": f"x{k}", "question": QUESTIONS[0], "answer": gold, "prediction": gold} for k, gold in enumerate("65")]
+    rows = [
+        {"index": f"x{k}", "question": QUESTIONS[0], "answer": gold, "prediction": gold} for k, gold in enumerate("65")
+    ]
     assert matched(tmp_path, asked, rows)[1] == {"a": ["5"], "b": ["6"]}
 
 
@@ -286,14 +323,18 @@ def test_a_row_twice_is_kept_once_and_two_answers_are_refused(tmp_path: Path) ->
     row = {"id": "a", "benchmark": "b", "split": "s", "response": "x"}
     file = read_predictions(lines(tmp_path / "p.jsonl", [row, row, {**row, "draw": 1}]))
     found = match([sample("a")], file.predictions, file.oddities)
-    assert len(found.pairs) == 2 and file.oddities.lines() == ["1 rows that are there twice, of which one is kept (first: p.jsonl, row 1)"]
+    assert len(found.pairs) == 2 and file.oddities.lines() == [
+        "1 rows that are there twice, of which one is kept (first: p.jsonl, row 1)"
+    ]
     file = read_predictions(lines(tmp_path / "p.jsonl", [row, {**row, "response": "y"}]))
     with pytest.raises(RowError, match=r"p\.jsonl, row 1: sample 'a' has another response in row 0, of the same draw"):
         match([sample("a")], file.predictions, file.oddities)
 
 
 def test_a_sample_with_fewer_draws_than_others_is_missing(tmp_path: Path) -> None:
-    rows = [{"id": i, "draw": k, "benchmark": "b", "split": "s", "response": "x"} for i, k in (("a", 0), ("a", 1), ("b", 1))]
+    rows = [
+        {"id": i, "draw": k, "benchmark": "b", "split": "s", "response": "x"} for i, k in (("a", 0), ("a", 1), ("b", 1))
+    ]
     _, pairs, _, missing = matched(tmp_path, [sample("a"), sample("b"), sample("c")], rows)
     assert pairs == {"a": ["x", "x"], "b": ["x"]} and missing == ["b", "c"]
 
@@ -301,19 +342,36 @@ def test_a_sample_with_fewer_draws_than_others_is_missing(tmp_path: Path) -> Non
 def test_samples_are_made_of_the_rows_where_these_hold_them(tmp_path: Path) -> None:
     row = {"index": 3, "question": "Which?", "choices": "['3/11', '8/11']", "answer": "B", "answer_option": "B", "question_type": "multi_choice",
            "answer_type": "text", "precision": 1.0, "task": "t", "skills": "['x', 'y']", "category": "c", "prediction": "p"}  # fmt: skip
-    card = {"name": "mathvista", "scorer": "mathvista", "groups": ["metadata.task", "metadata.skills", "metadata.grade?"]}
+    card = {
+        "name": "mathvista",
+        "scorer": "mathvista",
+        "groups": ["metadata.task", "metadata.skills", "metadata.grade?"],
+    }
     (made,) = samples_in(read_predictions(lines(tmp_path / "m.jsonl", [row])).predictions, card, where="m")
-    assert made.record["choices"] == ["3/11", "8/11"] and made.record["gold_answer"] == "8/11" and made.record["precision"] == 1
+    assert (
+        made.record["choices"] == ["3/11", "8/11"]
+        and made.record["gold_answer"] == "8/11"
+        and made.record["precision"] == 1
+    )
     assert made.groups == {"task": "t", "skills": ("x", "y")} and (made.id, made.split) == ("3", "test")
     with pytest.raises(RowError, match=r"holds no right answers .* --data DIR"):
         samples_in(read_predictions(FILES["MATH-V"][0](tmp_path)).predictions, card, where="m")
 
 
 def test_choices_are_read_in_every_form_and_nothing_is_run() -> None:
-    assert choices_of({"choices": '["a", "b"]'}) == choices_of({"options": ["a", "b"]}) == choices_of({"A": "a", "B": "b", "C": None}) == ["a", "b"]
+    assert (
+        choices_of({"choices": '["a", "b"]'})
+        == choices_of({"options": ["a", "b"]})
+        == choices_of({"A": "a", "B": "b", "C": None})
+        == ["a", "b"]
+    )
     assert choices_of({"option": "A. 10 cm;B. 15 cm; C. No correct answer"}) == ["10 cm", "15 cm", "No correct answer"]
     assert choices_of({"choices": "[]"}) is None and choices_of({}) is None
-    assert read_list("[__import__('os').getcwd()]") is None and read_list("[" * 10_000) is None and read_list("[1, 2") is None
+    assert (
+        read_list("[__import__('os').getcwd()]") is None
+        and read_list("[" * 10_000) is None
+        and read_list("[1, 2") is None
+    )
     assert [as_text(value) for value in (5.0, 5, "5.0", None, 0.1)] == ["5", "5", "5.0", "", "0.1"]
 
 
@@ -348,8 +406,20 @@ def test_vlmevalkits_own_reader_finds_every_column_of_its_evaluation(tmp_path: P
     for found in (pandas.read_excel(tmp_path / "m.xlsx"), pandas.read_csv(tmp_path / "m.tsv", sep="\t")):
         row = dict(found.iloc[0])
         assert (row["index"], row["answer_option"], row["prediction"], row["task"]) == (12, "B", "=B", "t")
-        assert row["choices"] == "['3/11', '8/11']" and row["skills"] == "['x', 'y']" and row["question_type"] == "multi_choice"
-    vision = Sample("5", [], [], "mathvision", "test", {**record, "choices": None, "gold_answer": "4", "scorer": "mathvision"}, {"subject": "algebra"})
+        assert (
+            row["choices"] == "['3/11', '8/11']"
+            and row["skills"] == "['x', 'y']"
+            and row["question_type"] == "multi_choice"
+        )
+    vision = Sample(
+        "5",
+        [],
+        [],
+        "mathvision",
+        "test",
+        {**record, "choices": None, "gold_answer": "4", "scorer": "mathvision"},
+        {"subject": "algebra"},
+    )
     write_vlmevalkit(tmp_path / "v.tsv", [(vision, said)])
     row = dict(pandas.read_csv(tmp_path / "v.tsv", sep="\t").iloc[0])
     assert (row["index"], row["choices"], row["category"], row["answer"]) == (5, "[]", "algebra", 4)
@@ -357,7 +427,9 @@ def test_vlmevalkits_own_reader_finds_every_column_of_its_evaluation(tmp_path: P
 
 def test_a_text_too_long_for_a_cell_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
     (said,) = read_predictions(lines(tmp_path / "p.jsonl", [{"id": "a", "response": "x" * 32_768}])).predictions
-    with pytest.raises(UserError, match=r"holds 32,767 characters, and column 'prediction' of row 'a' needs 32,768\. Write a \.tsv"):
+    with pytest.raises(
+        UserError, match=r"holds 32,767 characters, and column 'prediction' of row 'a' needs 32,768\. Write a \.tsv"
+    ):
         write_vlmevalkit(tmp_path / "m.xlsx", [(sample("a"), said)])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["p.jsonl"]
     write_vlmevalkit(tmp_path / "m.tsv", [(sample("a"), said)])
@@ -367,7 +439,10 @@ def test_a_text_too_long_for_a_cell_is_refused_and_nothing_is_left(tmp_path: Pat
 def test_of_several_draws_the_first_is_written(tmp_path: Path) -> None:
     rows = [{"id": "a", "draw": k, "benchmark": "b", "split": "s", "response": f"r{k}"} for k in range(3)]
     said = read_predictions(lines(tmp_path / "p.jsonl", rows)).predictions
-    assert write_vlmevalkit(tmp_path / "m.tsv", [(sample("a"), one) for one in said]) == {"rows": 1, "draws left out": 2}
+    assert write_vlmevalkit(tmp_path / "m.tsv", [(sample("a"), one) for one in said]) == {
+        "rows": 1,
+        "draws left out": 2,
+    }
     assert [p.response for p in read_predictions(tmp_path / "m.tsv").predictions] == ["r0"]
 
 

@@ -18,11 +18,21 @@ from vlm_dft.verdicts import Score
 
 
 def sample(sample_id: str, gold: str = "4", **record: Any) -> Sample:
-    return Sample(sample_id, [], [], "drawn", "test", {"question": "?", "gold_answer": gold, "scorer": "drawn", **record}, {"task": "t"})
+    return Sample(
+        sample_id,
+        [],
+        [],
+        "drawn",
+        "test",
+        {"question": "?", "gold_answer": gold, "scorer": "drawn", **record},
+        {"task": "t"},
+    )
 
 
 def said(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps({"benchmark": "drawn", "split": "test", **row}) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps({"benchmark": "drawn", "split": "test", **row}) + "\n" for row in rows), encoding="utf-8"
+    )
     return path
 
 
@@ -30,9 +40,15 @@ SAMPLES = [sample("a"), sample("b"), sample("c")]
 
 
 def test_every_draw_of_every_sample_is_scored_in_the_samples_order(tmp_path: Path) -> None:
-    rows = [{"id": i, "draw": k, "response": f"Answer: {4 + k}", "finish": "stop", "tokens": 3} for k in (1, 0) for i in "cab"]
+    rows = [
+        {"id": i, "draw": k, "response": f"Answer: {4 + k}", "finish": "stop", "tokens": 3}
+        for k in (1, 0)
+        for i in "cab"
+    ]
     scores = score_predictions(SAMPLES, said(tmp_path / "predictions.jsonl", rows), tmp_path / "scores.jsonl")
-    assert [(r["id"], r["draw"], r["correct"], r["tokens"]) for r in scores] == [(i, k, k == 0, 3) for i in "abc" for k in (0, 1)]
+    assert [(r["id"], r["draw"], r["correct"], r["tokens"]) for r in scores] == [
+        (i, k, k == 0, 3) for i in "abc" for k in (0, 1)
+    ]
     assert read_jsonl(tmp_path / "scores.jsonl") == scores
     assert scores[0] | {"robust": None, "extracted": None, "rule": None} == {
         "id": "a", "draw": 0, "benchmark": "drawn", "split": "test", "groups": {"task": "t"}, "cluster": "a", "correct": True,
@@ -41,14 +57,18 @@ def test_every_draw_of_every_sample_is_scored_in_the_samples_order(tmp_path: Pat
     assert scores[0]["robust"]["correct"] and not scores[1]["robust"]["correct"]
 
 
+def row(sample_id: str, response: Any = "", **more: Any) -> dict[str, Any]:
+    return {"id": sample_id, "response": response, **more}
+
+
 REFUSED = {
-    "missing": ([{"id": "a", "response": ""}], r"2 samples without a prediction, first 'b'"),
-    "unknown": ([{"id": i, "response": ""} for i in "abcxy"], r"2 predictions of unknown samples, first 'x'"),
-    "both": ([{"id": i, "response": ""} for i in "abx"], r"1 samples without a prediction, first 'c'; 1 predictions of unknown samples, first 'x'"),
-    "a draw short": ([{"id": i, "draw": k, "response": ""} for i, k in (*zip("abc", (0, 0, 0), strict=True), ("a", 1), ("b", 1))],
-                     r"1 samples without a prediction, first 'c'"),
-    "two answers": ([{"id": i, "response": r} for i, r in (*zip("abc", "444", strict=True), ("b", "5"))], r"sample 'b' has another response in row 1"),
-    "no text": ([{"id": i, "response": r} for i, r in zip("abc", ("4", ["4"], "4"), strict=True)], r"row 1, column 'response': expected a text, found list"),
+    "missing": ([row("a")], "2 samples without a prediction, first 'b'"),
+    "unknown": ([row(i) for i in "abcxy"], "2 predictions of unknown samples, first 'x'"),
+    "both": ([row(i) for i in "abx"], "1 samples without a prediction, first 'c'; 1 predictions of unknown samples, first 'x'"),
+    "a draw short": ([row(i, draw=k) for i, k in (("a", 0), ("b", 0), ("c", 0), ("a", 1), ("b", 1))],
+                     "1 samples without a prediction, first 'c'"),
+    "two answers": ([row("a"), row("b", "4"), row("c"), row("b", "5")], "sample 'b' has another response in row 1"),
+    "no text": ([row("a"), row("b", ["4"]), row("c")], "row 1, column 'response': expected a text, found list"),
 }  # fmt: skip
 
 
@@ -70,12 +90,16 @@ def test_a_file_that_a_kill_has_cut_is_refused_by_its_line(tmp_path: Path) -> No
 def test_scores_already_there_stay_where_new_ones_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "scores.jsonl").write_text("before\n")
     with pytest.raises(RowError):
-        score_predictions(SAMPLES, said(tmp_path / "predictions.jsonl", [{"id": "a", "response": ""}]), tmp_path / "scores.jsonl")
+        score_predictions(
+            SAMPLES, said(tmp_path / "predictions.jsonl", [{"id": "a", "response": ""}]), tmp_path / "scores.jsonl"
+        )
     assert (tmp_path / "scores.jsonl").read_text() == "before\n"
 
 
 def test_several_processes_give_the_rows_that_one_gives(monkeypatch: pytest.MonkeyPatch) -> None:
-    pairs = [(sample(str(k), str(k % 7)), Prediction((str(k),), f"Answer: {k % 5}", {"big": "x"}, "")) for k in range(60)]
+    pairs = [
+        (sample(str(k), str(k % 7)), Prediction((str(k),), f"Answer: {k % 5}", {"big": "x"}, "")) for k in range(60)
+    ]
     alone = score_pairs(pairs)
     monkeypatch.setattr(predictions, "MANY", 1)
     monkeypatch.setattr(predictions, "_cores", lambda: 2)

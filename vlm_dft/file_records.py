@@ -8,8 +8,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+from vlm_dft.asking import case_of
 from vlm_dft.benchmark_cards import EXTRAS
 from vlm_dft.chat import Sample
+from vlm_dft.columns import fill
 from vlm_dft.errors import RowError
 from vlm_dft.foreign_predictions import Prediction, as_text
 from vlm_dft.renaming import lettered as lettered_options
@@ -39,7 +41,8 @@ def samples_in(predictions: Sequence[Prediction], card: Mapping[str, Any], *, wh
 def _sample(prediction: Prediction, sample_id: str, card: Mapping[str, Any]) -> Sample:
     row, scorer = prediction.row, str(card["scorer"])
     choices = choices_of(row)
-    gold = next((row[name] for name in ("answer", "target", "gold_answer") if row.get(name) is not None), None)
+    golds = (str(card.get("answer", "answer")), "answer", "target", "gold_answer")
+    gold = next((row[name] for name in golds if row.get(name) is not None), None)
     kind = row.get("question_type") or row.get("ques_type") or ("multi_choice" if choices else "free_form")
     record = {
         "question": row.get("question") or row.get("query") or row.get("problem") or row.get("input"),
@@ -53,14 +56,13 @@ def _sample(prediction: Prediction, sample_id: str, card: Mapping[str, Any]) -> 
         **{name: value for name in EXTRAS if (value := _named(row, name)) is not None},
     }
     cluster = next((as_text(row[name]) for name in CLUSTERS if row.get(name) not in (None, "")), None)
-    names = [str(path).removesuffix("?").rpartition(".")[2] for path in card.get("groups") or ()]
-    return Sample(sample_id, [], [], str(card["name"]), _split(row), record, groups_of(row, names), cluster)
+    groups = groups_of(row, card.get("groups") or ())
+    return Sample(sample_id, [], [], str(card["name"]), _split(row), record, groups, cluster)
 
 
 def _named(row: Mapping[str, Any], name: str) -> Any:
     """A column, or what VLMEvalKit calls it; None where it is not there or empty."""
-    found = next((row[n] for n in (name, OTHER_NAMES.get(name, name)) if row.get(n) not in (None, "")), None)
-    return found
+    return next((row[n] for n in (name, OTHER_NAMES.get(name, name)) if row.get(n) not in (None, "")), None)
 
 
 def choices_of(row: Mapping[str, Any]) -> list[str] | None:
@@ -91,8 +93,8 @@ def read_list(text: str) -> list[Any] | None:
     return found if isinstance(found, list) else None
 
 
-def groups_of(row: Mapping[str, Any], names: Sequence[str]) -> dict[str, str | tuple[str, ...]]:
-    """What a row's accuracy is broken down by: of `names` those that it, or its `metadata`, has; several labels as a tuple."""
+def groups_of(row: Mapping[str, Any], paths: Sequence[Any]) -> dict[str, str | tuple[str, ...]]:
+    """A card's groups of a row, of those that it, or its `metadata`, has; several labels as a tuple."""
     metadata = row.get("metadata")
     if isinstance(metadata, str) and metadata.lstrip().startswith("{") and len(metadata) < LISTED:
         try:
@@ -101,7 +103,13 @@ def groups_of(row: Mapping[str, Any], names: Sequence[str]) -> dict[str, str | t
             metadata = None
     known = {**(metadata if isinstance(metadata, Mapping) else {}), **row}
     groups: dict[str, str | tuple[str, ...]] = {}
-    for name in names:
+    for path in paths:
+        if isinstance(path, Mapping):  # {name: cases}
+            for name, cases in path.items():
+                with suppress(RowError):
+                    groups[name] = fill(case_of(cases, known, where=name)["text"], known, where=name)
+            continue
+        name = str(path).removesuffix("?").rpartition(".")[2]
         value = _named(known, name)
         value = read_list(value) or value if isinstance(value, str) else value
         if isinstance(value, list):

@@ -93,13 +93,19 @@ def _by_id(samples: Sequence[Sample]) -> list[tuple[str, Find]]:
         return find
 
     def joined(prediction: Prediction) -> Sequence[str]:
-        return [mark.join(prediction.key) for mark in (("",) if len(prediction.key) == 1 else "/_-:, ")]
+        return ["/".join(prediction.key)]
 
     def column(name: str) -> Callable[[Prediction], Sequence[str]]:
         return lambda prediction: [as_text(prediction.row[name])] if name in prediction.row else []
 
-    pair = ("ID + key", finder(lambda p: [f"{p.row.get('ID')}{mark}{p.row.get('key')}" for mark in "/_-:, "]))
-    return [("id", finder(joined)), pair, *((f"column {name}", finder(column(name))) for name in IDS)]
+    def pair(first: str, second: str) -> tuple[str, Find]:
+        def values(prediction: Prediction) -> Sequence[str]:
+            return [f"{as_text(prediction.row.get(first))}/{as_text(prediction.row.get(second))}"]
+
+        return f"columns {first} and {second}", finder(values)
+
+    pairs = [pair("ID", "key"), pair("qid", "varid"), pair("id", "variant")]
+    return [("id", finder(joined)), *pairs, *((f"column {name}", finder(column(name))) for name in IDS)]
 
 
 def _by_place(samples: Sequence[Sample]) -> list[tuple[str, Find]]:

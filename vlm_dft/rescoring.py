@@ -62,10 +62,6 @@ def rescore(
     samples, whence, remarks = _samples(
         file, card, benchmark, data, protocol or about.get("protocol"), about.get("limit")
     )
-    if not data and isinstance(card.get("rows"), int) and len(samples) < card["rows"] and file.format.name not in OWN:
-        remarks = [
-            f"{len(samples):,} of the {card['rows']:,} samples that the card says are in the file: not the whole set"
-        ]
     own = file.format.name in OWN or not data
     matched = match(samples, file.predictions, file.oddities, ids_only=own)
     if not matched.pairs:
@@ -91,10 +87,10 @@ def rescore(
     return Rescored(file, matched, rows, results, _lines(results))
 
 
-def write_run(folder: Path, done: Rescored) -> None:
+def write_run(folder: Path, done: Rescored) -> Path:
     """Write folder/BENCHMARK/{predictions.jsonl, scores.jsonl, results.json}, as `vlm-dft evaluate` leaves them for compare.
 
-    Raises UserError where another file's predictions are there already.
+    Returns folder/BENCHMARK. Raises UserError where another file's predictions are there already.
     """
     target = folder / str(done.results["benchmark"])
     target.mkdir(parents=True, exist_ok=True)
@@ -108,6 +104,7 @@ def write_run(folder: Path, done: Rescored) -> None:
         write_text(predictions, text)
     write_scores(target / "scores.jsonl", done.rows)
     write_json(target / "results.json", done.results)
+    return target
 
 
 def _own_rows(pairs: Iterable[tuple[Sample, Prediction]]) -> Iterable[dict[str, Any]]:
@@ -142,7 +139,14 @@ def _samples(
 ) -> tuple[list[Sample], str, list[str]]:
     """The samples, in words where they are from, and what is to be said of them."""
     if data is None and file.format.name not in OWN:
-        return samples_in(file.predictions, card, where=str(file.path)), "the file's own rows (no --data)", []
+        made = samples_in(file.predictions, card, where=str(file.path))
+        whole = sum(card["splits"][split].get("rows") or 0 for split in card["chosen"])
+        few = (
+            [f"the whole set has {whole:,} samples: this score is not comparable with published ones"]
+            if len(made) < whole
+            else []
+        )
+        return made, "the file's own rows (no --data)", few
     splits = load_benchmark(benchmark, data, limit=limit, **({} if protocol is None else {"protocol": protocol}))
     listed = [sample for split in splits.values() for sample in split]
     held = {str(p.row["split"]) for p in file.predictions} if file.format.name == "vlm-dft" else set()

@@ -54,17 +54,18 @@ def score_command(arguments: argparse.Namespace) -> int:
         arguments.predictions, arguments.benchmark, data=arguments.data, protocol=arguments.protocol,
         allow_partial=arguments.allow_partial, judge=_judge(arguments.judge, arguments.judge_model, arguments.output),
     )  # fmt: skip
-    for line in done.said:
-        echo(line)
-    echo(results_table(done.results))
-    if target is not None:
-        _convert(target, done)
+    written = [] if target is None else [_convert(target, done)]
     if arguments.output:
-        write_run(Path(arguments.output), done)
+        written.append(f"scores: {write_run(Path(arguments.output), done)}")
     if arguments.json:
         from vlm_dft.runs import write_json
 
         write_json(Path(arguments.json), done.results)
+    for line in done.said:
+        echo(line)
+    echo(results_table(done.results))
+    for line in written:
+        echo(line)
     return 0
 
 
@@ -83,8 +84,8 @@ def _target(words: list[str] | None) -> Path | None:
     return Path(file)
 
 
-def _convert(target: Path, done: Any) -> None:
-    """Write VLMEvalKit's file, and read it back: every response must be there as it was."""
+def _convert(target: Path, done: Any) -> str:
+    """Write VLMEvalKit's file, and read it back: whether every response is there as it was, in words."""
     from vlm_dft.foreign_predictions import read_predictions
     from vlm_dft.vlmevalkit_files import write_vlmevalkit
 
@@ -97,7 +98,7 @@ def _convert(target: Path, done: Any) -> None:
     changed = (
         f"; {differ:,} read back differently: they hold what a text file cannot" if differ else ", read back the same"
     )
-    echo(f"{target}: {written['rows']:,} rows for VLMEvalKit{changed}{draws}")
+    return f"{target}: {written['rows']:,} rows for VLMEvalKit{changed}{draws}"
 
 
 def _judge(url: str | None, model: str | None, output: str | None) -> Any:
