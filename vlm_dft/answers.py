@@ -17,7 +17,17 @@ from vlm_dft.option_reading import (
     options_quoted,
     same_option,
 )
-from vlm_dft.statements import ABSTAINS, bare, conclusions, segments, sentences, settled, statements, without_listing
+from vlm_dft.statements import (
+    ABSTAINS,
+    AIMS,
+    bare,
+    conclusions,
+    segments,
+    sentences,
+    settled,
+    statements,
+    without_listing,
+)
 
 Kind = Literal["choice", "number", "list", "text", "expression"]
 
@@ -119,13 +129,17 @@ NONE_LEFT = re.compile(r"\bthere (?:are|is|were|will be|would be) (?:no|none)\b"
 def _number_unannounced(text: str, asking: Asking) -> Extracted:
     asked = asked_numbers(asking.question)
     counted = bool(COUNTED.search(asking.question or ""))
-    for part in conclusions(text, asking.question):
+    ranked = conclusions(text, asking.question)
+    for part in ranked:
         if refusal := ABSTAINS.search(part):
             later = stated_number(part[refusal.end() :], asked) if re.search(r"\d", part[refusal.end() :]) else None
             return Extracted(later, "concluding sentence") if later else Extracted(None, "abstains")
         found = "0" if counted and NONE_LEFT.search(part) else stated_number(part, asked)
         if found:
             return Extracted(found, "concluding sentence")
+    for part in ranked:  # an answer may repeat a number of the question
+        if not AIMS.match(part) and (found := stated_number(part)):
+            return Extracted(found, "only the question's numbers")
     return Extracted(None, "no number stated")
 
 

@@ -14,7 +14,7 @@ TENS = "thirty forty fifty sixty seventy eighty ninety"
 WORDS = {word: i for i, word in enumerate(TEENS.split())} | {w: 30 + 10 * i for i, w in enumerate(TENS.split())}
 DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d{1,400})(?:\.\d{1,400})?|\.\d{1,400}"
 NUMBER = re.compile(
-    rf"(?<![\w.])(?P<sign>(?<![\w)] )[-+]\s?)?(?:(?:US|USD|EUR)?\s?[$€£¥]\s?)?(?P<digits>{DIGITS})(?P<power>[eE][-+]?\d{{1,4}}\b)?"
+    rf"(?<![\w.])(?P<sign>[-+](?=[\d.$€£¥])|(?<![\w)] )[-+]\s?)?(?:(?:US|USD|EUR)?\s?[$€£¥]\s?)?(?P<digits>{DIGITS})(?P<power>[eE][-+]?\d{{1,4}}\b)?"
     r"(?:\s?(?:[x×*]|\\times|\\cdot)\s?10\s?\^\s?[{(]?\s?(?P<ten>[-+]?\d{1,4})\s?[})]?)?"
     r"(?P<over>\s?/\s?\d{1,40}(?![\d/]))?(?P<percent>\s?%)?"
     rf"|(?<!the )(?<!these )(?<!those )(?<!-)\b(?:(?P<tens>twenty|{TENS.replace(' ', '|')})-)?(?P<word>{'|'.join(WORDS)})\b(?!\s+of\s+the\b|-)",

@@ -30,6 +30,9 @@ THOUGHT_START = re.compile(r"<(?:think|thinking|thought|reasoning)>|<\|begin_of_
 STYLE = re.compile(
     r"\\(?:text(?:bf|rm|it|tt|sf|normal)?|math(?:bf|rm|it|sf|tt|cal)|mbox|bm|boldsymbol|operatorname)\s?\*?\s?(?=\{)"
 )
+ITEM = re.compile(r"^[ \t*#]{0,6}\d{1,2}[.)][ \t]+(?=\S)", re.MULTILINE)
+"""The number of a list's item: no number of an answer."""
+
 SPACES = re.compile(r"\\[,;:! ]|\\q?quad\b|[~\u00a0\u3000\u2009\u202f]")
 WIDE = str.maketrans("（）［］：，．；？！＝＋－／％−–＄", "()[]:,.;?!=+-/%--$")
 
@@ -43,7 +46,8 @@ def settled(response: str) -> str:
         response = response[ends[-1].end() :]
     text = THOUGHT_START.sub("\n", THOUGHT_END.sub("\n", response))
     text = UNSEEN.sub("", SPECIAL.sub(" ", text)).translate(WIDE)
-    return SPACES.sub(" ", STYLE.sub("", text)).strip()
+    text = SPACES.sub(" ", STYLE.sub("", text)).strip()
+    return ITEM.sub("", text) if len(ITEM.findall(text)) > 1 else text
 
 
 RUN_ON = re.compile(r"(?:^|\n)[ \t*#]{0,6}(?:Question|Q|问题|Problem|Human|User|Hint)\s?\d{0,3}\**\s?:", re.IGNORECASE)
@@ -202,6 +206,7 @@ def conclusions(text: str, question: str | None) -> list[str]:
         worth += (0.6 if CONCLUDES.match(part) else 0.0) - (0.6 if AIMS.match(part) else 0.0)
         worth += (0.8 if reasoned else 0.35) if i == len(parts) - 1 else 0.2 if i == 0 and not reasoned else 0.0
         worth += 0.4 if i == len(parts) - 1 and ABSTAINS.search(part) else 0.0
-        if len(part) < 12 or bare(part[:SPAN]) not in whole:
+        said = bare(part[:SPAN].rsplit(":", 1)[-1] or part[:SPAN])
+        if len(said) < 12 or said not in whole:
             scored.append((worth + 0.01 * i / len(parts), part))
     return [part for _, part in sorted(scored, key=lambda one: -one[0])]
