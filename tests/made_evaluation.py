@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_dft.chat import Sample
-from vlm_dft.metrics import accuracy, compare
+from vlm_dft.metrics import compare, summarise
 
 ROWS = dict[str, dict[str, list[dict[str, Any]]]]
 
@@ -70,24 +70,11 @@ def make_report(scores: ROWS) -> dict[str, Any]:
         rows = {run: found[benchmark] for run, found in scores.items()}
         report["benchmarks"][benchmark] = {
             "testmini": {
-                "runs": {run: _measured(found, groups=True) for run, found in rows.items()},
+                "runs": {run: summarise(found)["testmini"] for run, found in rows.items()},
                 "comparisons": [c for a, b in combinations(rows, 2) for c in _compared(b, a, rows, benchmark)],
             }
         }
     return report
-
-
-def _measured(rows: list[dict[str, Any]], *, groups: bool = False) -> dict[str, Any]:
-    found: dict[str, Any] = {
-        **accuracy([row["correct"] for row in rows]), "clusters": len(rows), "abstained": sum(row["extracted"] is None for row in rows),
-        "cut": sum(row["finish"] == "length" for row in rows), "mean_tokens": sum(row["tokens"] for row in rows) / len(rows),
-    }  # fmt: skip
-    found["robust"] = {**accuracy([row["robust"]["correct"] for row in rows]), "abstained": found["abstained"]}
-    if groups:
-        values = sorted({row["groups"]["subject"] for row in rows})
-        found["groups"] = {"subject": {v: _measured([r for r in rows if r["groups"]["subject"] == v]) for v in values}}
-        found["extra"] = {"four_dimensional": {"strict": {"score": 0.412, "complete_mastery": 0.31, "count": 40}}}
-    return found
 
 
 def _compared(run: str, against: str, rows: Mapping[str, Any], benchmark: str) -> list[dict[str, Any]]:
@@ -95,7 +82,8 @@ def _compared(run: str, against: str, rows: Mapping[str, Any], benchmark: str) -
     groups = [None, *sorted({row["groups"]["subject"] for row in rows[run]})]
     for rule in ("official", "robust"):
         for value in groups:
-            a, b = ([r if rule == "official" else {**r, **r["robust"]} for r in rows[name] if value in (None, r["groups"]["subject"])] for name in (against, run))  # fmt: skip
+            some = {name: [r for r in rows[name] if value in (None, r["groups"]["subject"])] for name in (against, run)}
+            a, b = ([r if rule == "official" else {**r, **r["robust"]} for r in some[name]] for name in (against, run))
             c = compare(a, b)
             found.append({
                 "run": run, "against": against, "benchmark": benchmark, "split": "testmini", "group": value and "subject", "value": value,

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
 from vlm_dft.chat import Sample
+from vlm_dft.evaluation_cells import Report, Rows, decided, extra_rows, group_rows, listed, number, said_p, splits_of
 from vlm_dft.evaluation_samples import sample_blocks
 from vlm_dft.evaluation_script import SCRIPT, STYLE
 from vlm_dft.report_charts import bars, interval_figure, legend_entry, run_colour
 from vlm_dft.report_style import STYLE as REPORT_STYLE
 from vlm_dft.reporting import percent
 
-Rows = Sequence[Mapping[str, Any]]
-Report = Mapping[str, Any]
 MOST_BARS = 12  # values of a group that are drawn as bars; larger groups are a table only
 SURE = 0.05  # corrected p value below which a difference is coloured
 POLICY = (
@@ -49,71 +48,6 @@ def render_evaluation(
         + "\n".join(filter(None, sections))
         + f"\n</main>\n{script}</body></html>\n"
     )
-
-
-def splits_of(report: Report) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
-    """(benchmark, split, its {"runs", "comparisons"}) of a report, in order."""
-    for benchmark, splits in report["benchmarks"].items():
-        for split, found in splits.items():
-            yield benchmark, split, found
-
-
-def group_rows(found: Mapping[str, Any], group: str, title: str) -> list[dict[str, Any]]:
-    """A row for the whole and for every value of a group: {"split": title, "group", "value", "count", "cells": {run: measured}}.
-
-    A value that some run has no sample of is left to the runs that have.
-    """
-    runs = found["runs"]
-    rows: list[dict[str, Any]] = [{"split": title, "group": None, "value": None, "cells": dict(runs)}]
-    values = dict.fromkeys(value for measured in runs.values() for value in measured["groups"].get(group, {}))
-    for value in values:
-        cells = {run: m["groups"][group][value] for run, m in runs.items() if value in m["groups"].get(group, {})}
-        rows.append({"split": title, "group": group, "value": value, "cells": cells})
-    return [{**row, "count": max(cell["count"] for cell in row["cells"].values())} for row in rows]
-
-
-def number(value: Any) -> str:
-    """A count with its thousands, a share as per cent, words as they are; nothing for None."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return f"{100 * value:.1f}" if -1 <= value <= 1 else f"{value:,.1f}"
-    return "" if value is None else str(value)
-
-
-def extra_rows(found: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """(name, {run: value}) of every number in the runs' extra metrics; nested names are joined by a comma."""
-    rows: dict[str, dict[str, Any]] = {}
-    for run, measured in found["runs"].items():
-        for name, value in _flat(measured.get("extra") or {}):
-            rows.setdefault(name, {})[run] = value
-    return list(rows.items())
-
-
-def listed(names: Iterable[str]) -> str:
-    """Names as a sentence lists them: "a, b and c"."""
-    *first, last = names
-    return f"{', '.join(first)} and {last}" if first else last
-
-
-def said_p(value: float | None) -> str:
-    """A p value as it is read: never "0.000"."""
-    return "" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def decided(rows: Mapping[str, Rows]) -> str:
-    """Who decided a run's verdicts: "rule 1,998, gpt-4o 2"."""
-    found = Counter(str(row.get("decided_by", "rule")) for some in rows.values() for row in some)
-    return ", ".join(f"{who} {count:,}" for who, count in found.most_common())
-
-
-def _flat(value: Mapping[str, Any], name: str = "") -> Iterator[tuple[str, Any]]:
-    for key, item in value.items():
-        said = f"{name}, {key}" if name else str(key)
-        if isinstance(item, Mapping):
-            yield from _flat(item, said)
-        else:
-            yield said.replace("_", " "), item
 
 
 def _title(report: Report) -> str:
@@ -194,8 +128,14 @@ def _cell(measured: Mapping[str, Any] | None) -> str:
     if measured is None:
         return ""
     robust = measured.get("robust")
-    below = f"<small>robust {percent(robust['accuracy'], robust['stderr'])}</small>" if robust else ""
-    return percent(measured["accuracy"], measured["stderr"]) + below
+    return _both(
+        percent(measured["accuracy"], measured["stderr"]),
+        percent(robust["accuracy"], robust["stderr"]) if robust else "",
+    )
+
+
+def _both(official: str, robust: str) -> str:
+    return escape(official) + (f"<small>robust {escape(robust)}</small>" if robust else "")
 
 
 def _measures(found: Mapping[str, Any], runs: list[str]) -> str:
@@ -235,8 +175,9 @@ def _extra(found: Mapping[str, Any], runs: list[str]) -> str:
         return ""
     here = list(found["runs"])
     head = "".join(f"<th><i class='dot {run_colour(runs, run)}'></i>{escape(run)}</th>" for run in here)
+    none = ("", "")
     body = "".join(
-        f"<tr><th scope=row>{escape(name)}</th>{''.join(f'<td>{escape(number(cells.get(run)))}</td>' for run in here)}</tr>"
+        f"<tr><th scope=row>{escape(name)}</th>{''.join(f'<td>{_both(*cells.get(run, none))}</td>' for run in here)}</tr>"
         for name, cells in rows
     )
     return _scrolled(f"<th>further metrics (shares in %)</th>{head}", body, "extra")
@@ -292,7 +233,8 @@ def _comparison_table(rows: Rows) -> str:
         *(["value"] if by_value else []), "run − against", "rule", "difference", f"−{100 * reach:.0f} to +{100 * reach:.0f}", "p",
         "corrected p", "needed", "accuracies", "won, lost", "n",
     ]  # fmt: skip
-    head = "".join(f"<th{' class=plot' if title.startswith('−') else ''}>{title}</th>" for title in titles)
+    kinds = {"rule": " class=left", titles[3 + by_value]: " class=plot"}
+    head = "".join(f"<th{kinds.get(title, '')}>{title}</th>" for title in titles)
     body = "".join(_comparison_row(row, reach, by_value) for row in rows)
     return _scrolled(head, body, "compared")
 

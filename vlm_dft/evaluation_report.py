@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from vlm_dft.chat import Sample
-from vlm_dft.evaluation_html import extra_rows, group_rows, number, render_evaluation, said_p, splits_of
+from vlm_dft.evaluation_cells import Report, Rows, extra_rows, group_rows, number, said_p, splits_of
+from vlm_dft.evaluation_html import render_evaluation
 from vlm_dft.reporting import percent
 from vlm_dft.runs import write_json, write_text
 
-Rows = Sequence[Mapping[str, Any]]
-Report = Mapping[str, Any]
 MOST_VALUES = 12  # of a group in the terminal; the others are in the page
 FIRST = 24  # characters of the first column
 WIDEST_GROUPS = 3  # runs side by side in 80 columns
@@ -92,12 +91,12 @@ def _scores(report: Report) -> Any:
 def _extra(report: Report) -> Any:
     rows = [(benchmark, split, extra_rows(found)) for benchmark, split, found in splits_of(report)]
     runs = list(dict.fromkeys(run for _, _, found in rows for _, cells in found for run in cells))
-    table = _table("further metrics", *runs, caption="shares in %")
+    table = _table("further metrics", *runs, caption="by the official rule; shares in % ± standard error")
     for benchmark, split, found in rows:
         if found:
             table.add_row(_text(f"{benchmark}, {split}", bold=True))
         for name, cells in found:
-            table.add_row(_text(name, indent=2), *(number(cells.get(run)) for run in runs))
+            table.add_row(_text(name, indent=2), *(cells.get(run, ("", ""))[0] for run in runs))
     return table
 
 
