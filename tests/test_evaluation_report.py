@@ -29,12 +29,17 @@ needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium to loo
 
 
 @pytest.fixture(scope="module")
-def made() -> dict[str, Any]:
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Three runs on two benchmarks, 90 samples, hostile responses and a long one among them."""
     pictures = [Image.effect_noise((900, 300), 40 + k).convert("RGB") for k in range(3)]
     samples = make_samples(pictures, {"mathvista": 60, "we<b>math": 30})
     scores, responses = make_rows(samples, SKILL, [*HOSTILE, "y" * 199_900, "so " * 20, ""])
-    return {"report": make_report(scores), "samples": samples, "scores": scores, "responses": responses}
+    return {
+        "report": make_report(scores, tmp_path_factory.mktemp("runs")),
+        "samples": samples,
+        "scores": scores,
+        "responses": responses,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -254,7 +259,9 @@ def test_draws_are_turned_over_and_a_run_is_right_where_most_of_them_are(
                 {**some_scores["a"]["mathvista"][0], "draw": draw, "extracted": "1", "correct": draw < k}
             )
             responses["a"]["mathvista"].append({**some_responses["a"]["mathvista"][0], "draw": draw})
-    write_evaluation(tmp_path, make_report(scores), samples=samples, scores=scores, responses=responses)
+    write_evaluation(
+        tmp_path, make_report(scores, tmp_path / "runs"), samples=samples, scores=scores, responses=responses
+    )
     chromium.open(tmp_path / "report.html", anchor="show=right")
     assert ids(chromium) == ["mathvista-2", "mathvista-3"]
     assert "2 of 3 draws right" in chromium.run("document.querySelector('.draws').textContent")

@@ -8,6 +8,7 @@ from html import escape
 from typing import Any
 
 from vlm_dft.chat import Sample
+from vlm_dft.comparing import conclusion
 from vlm_dft.evaluation_cells import Report, Rows, decided, extra_rows, group_rows, listed, number, said_p, splits_of
 from vlm_dft.evaluation_samples import sample_blocks
 from vlm_dft.evaluation_script import SCRIPT, STYLE
@@ -38,6 +39,8 @@ def render_evaluation(
     scored = [run for run in runs if scores.get(run)]
     if scored:
         blocks, notes = sample_blocks(scored, samples, scores, responses)
+        seeds = [run for run in scored if report["runs"][run].get("seeds", 1) > 1]
+        notes += [f"Of the seeds of {listed(seeds)}, the first one's responses are listed."] if seeds else []
         sections.insert(3, _samples(runs, scored, notes))
     script = f"{blocks}\n<script>{SCRIPT}</script>" if scored else ""
     return (
@@ -69,11 +72,12 @@ def _header(report: Report, scores: Mapping[str, Mapping[str, Rows]]) -> str:
         + "</tr>"
         for k, run in enumerate(runs)
     )
+    warnings = "".join(f"<p class=alarm>{escape(text)}</p>" for text in report.get("warnings") or ())
     counts = Counter(benchmark for benchmark, _, _ in splits_of(report))
     count = sum(max(m["count"] for m in found["runs"].values()) for _, _, found in splits_of(report))
     return (
         f"<header><h1>{escape(listed(runs))} <span>on {escape(', '.join(counts))}</span></h1>"
-        f"<p>{len(runs)} run{'s' * (len(runs) > 1)}, {count:,} answers to score each.</p>"
+        f"<p>{len(runs)} run{'s' * (len(runs) > 1)}, {count:,} responses of each.</p>{warnings}"
         f"<div class=scroll><table class='plain runs'><thead><tr><th>run</th>{head}</tr></thead><tbody>{body}</tbody></table></div></header>"
     )
 
@@ -210,51 +214,54 @@ def _comparison(report: Report) -> str:
         if not rows:
             continue
         whole = [row for row in rows if row.get("group") is None]
-        parts.append(f"<h3>{escape(benchmark)} <span class=soft>{escape(split)}</span></h3>{_comparison_table(whole)}")
-        groups = dict.fromkeys(row["group"] for row in rows if row.get("group") is not None)
-        for group in groups:
+        said = "".join(f"<li>{escape(conclusion(row))}</li>" for row in whole if row["rule"] == "official")
+        title = f"<h3>{escape(benchmark)} <span class=soft>{escape(split)}</span></h3>"
+        parts.append(f"{title}<ul class=said>{said}</ul>{_comparison_table(whole)}")
+        for group in dict.fromkeys(row["group"] for row in rows if row.get("group") is not None):
             some = [row for row in rows if row.get("group") == group]
             parts.append(f"<details><summary>by {escape(group)}</summary>{_comparison_table(some)}</details>")
     if not parts:
         return ""
+    parts += [f"<p class=note>{escape(note)}</p>" for note in report.get("notes") or ()]
     return (
         f"<section id=comparison><h2>Comparison</h2>{''.join(parts)}"
         "<p class=note>Differences are paired: the same samples, in points ± standard error, with a 95 % interval; every plot's axis is "
-        "symmetric about no difference. Won, lost: samples that the run alone, or the other alone, has right. Corrected: the p value, for "
-        f"the number of comparisons made; coloured where it is below {SURE}. Needed: so many samples would tell this difference from "
-        "none.</p></section>"
+        "symmetric about no difference. Won, lost: samples that the run alone, or the other alone, does better on. Corrected p: Holm's, for "
+        f"the number of groups compared. Coloured: p below {SURE}, the corrected one where there is one. Needed: about so many samples would "
+        "settle a difference of this size.</p></section>"
     )
 
 
 def _comparison_table(rows: Rows) -> str:
-    reach = max([abs(row[key]) for row in rows for key in ("low", "high") if row.get(key) is not None] + [0.01])
+    reach = max([abs(row[key]) for row in rows for key in ("low", "high")] + [0.01])
     by_value = any(row.get("value") is not None for row in rows)
+    corrected = any(row.get("p_adjusted") is not None for row in rows)
+    plot = f"−{100 * reach:.0f} to +{100 * reach:.0f}"
     titles = [
-        *(["value"] if by_value else []), "run − against", "rule", "difference", f"−{100 * reach:.0f} to +{100 * reach:.0f}", "p",
-        "corrected p", "needed", "accuracies", "won, lost", "n",
+        *(["value"] if by_value else []), "run − against", "rule", "difference", plot, "p", *(["corrected p"] if corrected else []),
+        "needed", "accuracies", "won, lost", "n",
     ]  # fmt: skip
-    kinds = {"rule": " class=left", titles[3 + by_value]: " class=plot"}
+    kinds = {"rule": " class=left", plot: " class=plot", **({"run − against": " class=left"} if by_value else {})}
     head = "".join(f"<th{kinds.get(title, '')}>{title}</th>" for title in titles)
-    body = "".join(_comparison_row(row, reach, by_value) for row in rows)
+    body = "".join(_comparison_row(row, reach, by_value=by_value, corrected=corrected) for row in rows)
     return _scrolled(head, body, "compared")
 
 
-def _comparison_row(row: Mapping[str, Any], reach: float, by_value: bool) -> str:
+def _comparison_row(row: Mapping[str, Any], reach: float, *, by_value: bool, corrected: bool) -> str:
     p = row["p_value"] if row.get("p_adjusted") is None else row["p_adjusted"]
-    tone = "flat" if p is None or p >= SURE else "up" if row["difference"] > 0 else "down"
-    figure = between = ""
-    if row.get("low") is not None:
-        figure = interval_figure(row["difference"], row["low"], row["high"], reach, tone)
-        between = f"<small>{100 * row['low']:+.1f} to {100 * row['high']:+.1f}</small>"
+    tone = "flat" if p >= SURE else "up" if row["difference"] > 0 else "down"
     pair = escape(f"{row['run']} − {row['against']}")
     named = f"<th scope=row>{escape(str(row['value']))}</th><td class=left>{pair}</td>"
+    difference = percent(row["difference"], row["stderr"], signed=True)
+    needed = row.get("samples_needed")
     cells = [
         named if by_value else f"<th scope=row>{pair}</th>", f"<td class=left>{escape(str(row['rule']))}</td>",
-        f"<td class={tone}>{percent(row['difference'], row.get('stderr'), signed=True)}{between}</td>", f"<td class=plot>{figure}</td>",
+        f"<td class={tone}>{difference}<small>{100 * row['low']:+.1f} to {100 * row['high']:+.1f}</small></td>",
+        f"<td class=plot>{interval_figure(row['difference'], row['low'], row['high'], reach, tone)}</td>",
         f"<td>{said_p(row['p_value'])}<small>{escape(str(row.get('test') or ''))}</small></td>",
-        f"<td>{said_p(row.get('p_adjusted'))}</td>", f"<td>{number(row.get('samples_needed'))}</td>",
-        f"<td>{number(row.get('second'))} − {number(row.get('first'))}</td>",
-        f"<td>{number(row.get('only_second'))}, {number(row.get('only_first'))}</td>", f"<td>{number(row['count'])}</td>",
+        f"<td>{said_p(row.get('p_adjusted'))}</td>" if corrected else "", f"<td>{'–' if needed is None else number(needed)}</td>",
+        f"<td>{number(row['second'])} − {number(row['first'])}</td>", f"<td>{number(row['only_second'])}, {number(row['only_first'])}</td>",
+        f"<td>{number(row['count'])}</td>",
     ]  # fmt: skip
     return f"<tr>{''.join(cells)}</tr>"
 

@@ -124,19 +124,19 @@ def _groups(report: Report) -> Iterator[Any]:
 
 def _comparisons(report: Report) -> Any:
     table = _table(
-        "run − against", "Δ", "95 %", "won, lost", "p", "corr. p", "needed",
-        caption="Δ: points, paired on the same samples; won, lost: the run alone, the other alone is right; corr. p: for the number of "
-        "comparisons; needed: samples that would settle it. Groups: in report.html",
+        "run − against", "Δ", "95 %", "won, lost", "p", "needed",
+        caption="Δ: points, paired on the same samples; won, lost: samples that the run alone, or the other alone, does better on; needed: "
+        "samples that would settle it. By group: in report.html",
     )  # fmt: skip
     for benchmark, split, found in splits_of(report):
-        rows = [row for row in found.get("comparisons") or [] if row.get("group") is None]
+        rows = [row for row in found["comparisons"] if row["group"] is None]
         for rule in dict.fromkeys(row["rule"] for row in rows):
             table.add_row(_text(f"{benchmark}, {split}, {rule}", bold=True))
             for row in (row for row in rows if row["rule"] == rule):
-                between = f"{100 * row['low']:+.1f} {100 * row['high']:+.1f}" if row.get("low") is not None else ""
+                needed = row["samples_needed"]
                 table.add_row(
                     _text(f"{row['run']} − {row['against']}", indent=2), percent(row["difference"], signed=True),
-                    between, f"{number(row.get('only_second'))}, {number(row.get('only_first'))}", said_p(row["p_value"]),
-                    said_p(row.get("p_adjusted")), number(row.get("samples_needed")),
+                    f"{100 * row['low']:+.1f} {100 * row['high']:+.1f}", f"{number(row['only_second'])}, {number(row['only_first'])}",
+                    said_p(row["p_value"]), "–" if needed is None else number(needed),
                 )  # fmt: skip
     return table

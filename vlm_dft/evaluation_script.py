@@ -17,6 +17,7 @@ svg .span.down,svg .mid.down{stroke:var(--bad)}svg .span.flat,svg .mid.flat{stro
 svg .mid.up{fill:var(--good)}svg .mid.down{fill:var(--bad)}svg .mid.flat{fill:var(--soft)}
 .sure{color:inherit}section>details{margin-top:14px}details[open]>summary{margin-bottom:6px}h3 .soft,h2 .soft{font-weight:400;color:var(--soft)}
 .notes{margin:0 0 14px;padding-left:18px;font-size:13px;color:var(--soft)}
+.said{margin:4px 0 0;padding-left:18px;font-size:14px}
 .tools{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(200px,100%),1fr));gap:10px 14px;margin:12px 0}
 .tools label{display:flex;flex-direction:column;gap:3px;font-size:12px;color:var(--soft);min-width:0}
 select,input{font:inherit;font-size:14px;color:var(--ink);background:var(--bg);border:1px solid var(--line);border-radius:7px;
