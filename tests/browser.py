@@ -53,11 +53,12 @@ class Browser:
                 return answer["result"]
 
     def open(self, page: Path, *, anchor: str = "") -> None:
-        """Load a page and wait until it is loaded."""
+        """Load a page and wait until it is loaded; where only the anchor is new, until the page has heard of it."""
         seen = self.loaded
-        self.send("Page.navigate", url=page.resolve().as_uri() + (f"#{anchor}" if anchor else ""))
-        while self.loaded == seen:
+        went = self.send("Page.navigate", url=page.resolve().as_uri() + (f"#{anchor}" if anchor else ""))
+        while "loaderId" in went and self.loaded == seen:
             self._next(60.0)
+        self.run("new Promise(done => requestAnimationFrame(() => setTimeout(done)))")
 
     def run(self, script: str) -> Any:
         """The value of an expression in the page; a promise is awaited."""

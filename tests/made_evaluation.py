@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Mapping, Sequence
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from vlm_dft.chat import Sample
-from vlm_dft.metrics import accuracy, compare
+from vlm_dft.comparing import compare_runs, read_runs
 
 ROWS = dict[str, dict[str, list[dict[str, Any]]]]
 
@@ -59,51 +59,22 @@ def make_rows(
     return scores, responses
 
 
-def make_report(scores: ROWS) -> dict[str, Any]:
-    """The report of these runs."""
-    report: dict[str, Any] = {
-        "runs": {run: {"folders": [f"runs/{run}"], "model": "tiny", "protocol": "official", "engine": "transformers", "seeds": 1} for run in scores},
-        "benchmarks": {},
-        "versions": {"packages": {"transformers": "5.23.0"}, "python": "3.11"},
-    }  # fmt: skip
-    for benchmark in next(iter(scores.values())):
-        rows = {run: found[benchmark] for run, found in scores.items()}
-        report["benchmarks"][benchmark] = {
-            "testmini": {
-                "runs": {run: _measured(found, groups=True) for run, found in rows.items()},
-                "comparisons": [c for a, b in combinations(rows, 2) for c in _compared(b, a, rows, benchmark)],
+def make_report(scores: ROWS, folder: Path) -> dict[str, Any]:
+    """The report of these runs, by way of the folders that `evaluate` leaves."""
+    for run, found in scores.items():
+        for name, rows in found.items():
+            place = folder / run / name.replace("/", "_")
+            place.mkdir(parents=True)
+            (place / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            said = {
+                "benchmark": name,
+                "model": "tiny",
+                "protocol": "official",
+                "engine": "transformers",
+                "decoding": {"temperature": 0.0},
             }
-        }
-    return report
-
-
-def _measured(rows: list[dict[str, Any]], *, groups: bool = False) -> dict[str, Any]:
-    found: dict[str, Any] = {
-        **accuracy([row["correct"] for row in rows]), "clusters": len(rows), "abstained": sum(row["extracted"] is None for row in rows),
-        "cut": sum(row["finish"] == "length" for row in rows), "mean_tokens": sum(row["tokens"] for row in rows) / len(rows),
-    }  # fmt: skip
-    found["robust"] = {**accuracy([row["robust"]["correct"] for row in rows]), "abstained": found["abstained"]}
-    if groups:
-        values = sorted({row["groups"]["subject"] for row in rows})
-        found["groups"] = {"subject": {v: _measured([r for r in rows if r["groups"]["subject"] == v]) for v in values}}
-        found["extra"] = {"four_dimensional": {"strict": {"score": 0.412, "complete_mastery": 0.31, "count": 40}}}
-    return found
-
-
-def _compared(run: str, against: str, rows: Mapping[str, Any], benchmark: str) -> list[dict[str, Any]]:
-    found = []
-    groups = [None, *sorted({row["groups"]["subject"] for row in rows[run]})]
-    for rule in ("official", "robust"):
-        for value in groups:
-            a, b = ([r if rule == "official" else {**r, **r["robust"]} for r in rows[name] if value in (None, r["groups"]["subject"])] for name in (against, run))  # fmt: skip
-            c = compare(a, b)
-            found.append({
-                "run": run, "against": against, "benchmark": benchmark, "split": "testmini", "group": value and "subject", "value": value,
-                "rule": rule, "clusters": len(a), "first": sum(r["correct"] for r in a) / len(a), "second": sum(r["correct"] for r in b) / len(b),
-                **c, "low": c["difference"] - 1.96 * c["stderr"], "high": c["difference"] + 1.96 * c["stderr"], "test": "mcnemar",
-                "p_adjusted": min(1.0, 3 * c["p_value"]), "samples_needed": 1234,
-            })  # fmt: skip
-    return found
+            (place / "results.json").write_text(json.dumps(said))
+    return compare_runs(read_runs([f"{run}={folder / run}" for run in scores]))
 
 
 def real_pictures(shared: Path) -> list[str]:

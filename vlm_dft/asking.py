@@ -79,7 +79,9 @@ def check_form(form: object, *, where: str) -> None:
 def check_cases(cases: object, says: Sequence[str], *, where: str) -> None:
     """Raise CardError for anything but a list of cases, each with one of `says` and all but the last with a `when`."""
     if not isinstance(cases, list) or not cases:
-        raise CardError(f"{where}: expected a list of cases such as {{when: {{...}}, {says[0]}: ...}}, found {cases!r}.")
+        raise CardError(
+            f"{where}: expected a list of cases such as {{when: {{...}}, {says[0]}: ...}}, found {cases!r}."
+        )
     for k, case in enumerate(cases):
         place = f"{where}, case {k + 1}"
         if not isinstance(case, Mapping):

@@ -64,7 +64,7 @@ def compare_command(arguments: argparse.Namespace) -> int:
 
 
 def _show(report: Mapping[str, Any], rule: str) -> None:
-    from vlm_dft.comparing import conclusion, whole_rows
+    from vlm_dft.conclusions import also_said, conclusion, whole_rows
     from vlm_dft.evaluation_report import evaluation_tables
 
     for warning in report["warnings"]:
@@ -77,6 +77,8 @@ def _show(report: Mapping[str, Any], rule: str) -> None:
     several = len({(benchmark, split) for benchmark, split, _ in rows}) > 1
     for benchmark, split, row in rows:
         echo(f"  {f'{benchmark}, {split}: ' if several else ''}{printable(conclusion(row))}")
+        for line in also_said(report, row):
+            echo(f"    {printable(line)}")
     for note in report["notes"]:
         echo(f"  {printable(note)}")
 
@@ -129,7 +131,7 @@ def _samples(report: Mapping[str, Any], runs: Mapping[str, Sequence[Any]], data:
         try:
             splits = load_benchmark(name, data or settings.get("data"), **said)
         except (UserError, OSError) as error:
-            echo(f"{name}: the page has no questions and pictures ({printable(str(error))}). Pass --data DIR.")
+            echo(f"{name}: the page has no questions and pictures ({printable(str(error))})")
         else:
             found[name] = [sample for samples in splits.values() for sample in samples]
     return found

@@ -68,36 +68,6 @@ def compare_runs(
     }
 
 
-def conclusion(row: Row) -> str:
-    """A comparison row in a sentence: "dft − nll: +1.9 points, 95 % interval [−0.4, 4.2], p = 0.11: not settled; ..."."""
-    start = (
-        f"{row['run']} − {row['against']}: {_points(row['difference'])} points, 95 % interval "
-        f"[{_points(row['low'], sign=False)}, {_points(row['high'], sign=False)}], {said_p(row['p_value'])}"
-    )
-    if row["p_value"] < 0.05 and row["difference"]:
-        better, worse = (row["run"], row["against"]) if row["difference"] > 0 else (row["against"], row["run"])
-        return f"{start}: settled, {better} is better than {worse}"
-    if row["difference"] == 0:
-        return f"{start}: no difference seen; one of {_points(row['detectable'], sign=False)} points could be with these samples"
-    if row["samples_needed"] is None:
-        return f"{start}: not settled, and more samples alone would not do: the seeds differ too much. More seeds are needed"
-    return f"{start}: not settled; about {_rounded(row['samples_needed'])} samples would be needed (here: {row['count']:,})"
-
-
-def said_p(p: float) -> str:
-    """p = 0.11, p = 0.003, p < 0.0001."""
-    return "p < 0.0001" if p < 1e-4 else f"p = {p:.1g}" if p < 0.01 else f"p = {p:.2f}"
-
-
-def whole_rows(report: Mapping[str, Any], rule: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """(benchmark, split, comparison) of the whole splits by one rule."""
-    for benchmark, splits in report["benchmarks"].items():
-        for split, found in splits.items():
-            for row in found["comparisons"]:
-                if row["group"] is None and row["rule"] == rule:
-                    yield benchmark, split, row
-
-
 def _order(found: list[str], baseline: str | None) -> list[str]:
     if baseline is not None and baseline not in found:
         raise UserError(
@@ -316,6 +286,10 @@ def _notes(seeds: Mapping[str, int]) -> list[str]:
             f"{', '.join(single)}: one seed each, so errors and tests cover the choice of samples, not how a training run would "
             "come out with another seed."
         )
+    if len(seeds) > 2:
+        notes.append(
+            "p values of whole splits are not corrected for the number of pairs of runs; those of groups are, for the groups."
+        )
     return notes
 
 
@@ -341,15 +315,3 @@ def _extra(settings: Mapping[str, Any]) -> set[str]:
 
 def _listed(runs: Sequence[Run]) -> str:
     return ", ".join(dict.fromkeys(name for run in runs for name in run.benchmarks))
-
-
-def _points(value: float, *, sign: bool = True) -> str:
-    text = f"{100 * value:{'+' if sign else ''}.1f}"
-    text = text.replace("-", "−")
-    return {"−0.0": "0.0", "+0.0": "0.0"}.get(text, text)
-
-
-def _rounded(count: int) -> str:
-    """A count to two figures: 2345 is 2,300."""
-    digits = max(0, len(str(count)) - 2)
-    return f"{round(count, -digits):,}" if count < 10**6 else "over a million"

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
 from vlm_dft.chat import Sample
+from vlm_dft.comparing import conclusion
+from vlm_dft.evaluation_cells import Report, Rows, decided, extra_rows, group_rows, listed, number, said_p, splits_of
 from vlm_dft.evaluation_samples import sample_blocks
 from vlm_dft.evaluation_script import SCRIPT, STYLE
 from vlm_dft.report_charts import bars, interval_figure, legend_entry, run_colour
 from vlm_dft.report_style import STYLE as REPORT_STYLE
 from vlm_dft.reporting import percent
 
-Rows = Sequence[Mapping[str, Any]]
-Report = Mapping[str, Any]
 MOST_BARS = 12  # values of a group that are drawn as bars; larger groups are a table only
 SURE = 0.05  # corrected p value below which a difference is coloured
 POLICY = (
@@ -39,6 +39,8 @@ def render_evaluation(
     scored = [run for run in runs if scores.get(run)]
     if scored:
         blocks, notes = sample_blocks(scored, samples, scores, responses)
+        seeds = [run for run in scored if report["runs"][run].get("seeds", 1) > 1]
+        notes += [f"Of the seeds of {listed(seeds)}, the first one's responses are listed."] if seeds else []
         sections.insert(3, _samples(runs, scored, notes))
     script = f"{blocks}\n<script>{SCRIPT}</script>" if scored else ""
     return (
@@ -49,71 +51,6 @@ def render_evaluation(
         + "\n".join(filter(None, sections))
         + f"\n</main>\n{script}</body></html>\n"
     )
-
-
-def splits_of(report: Report) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
-    """(benchmark, split, its {"runs", "comparisons"}) of a report, in order."""
-    for benchmark, splits in report["benchmarks"].items():
-        for split, found in splits.items():
-            yield benchmark, split, found
-
-
-def group_rows(found: Mapping[str, Any], group: str, title: str) -> list[dict[str, Any]]:
-    """A row for the whole and for every value of a group: {"split": title, "group", "value", "count", "cells": {run: measured}}.
-
-    A value that some run has no sample of is left to the runs that have.
-    """
-    runs = found["runs"]
-    rows: list[dict[str, Any]] = [{"split": title, "group": None, "value": None, "cells": dict(runs)}]
-    values = dict.fromkeys(value for measured in runs.values() for value in measured["groups"].get(group, {}))
-    for value in values:
-        cells = {run: m["groups"][group][value] for run, m in runs.items() if value in m["groups"].get(group, {})}
-        rows.append({"split": title, "group": group, "value": value, "cells": cells})
-    return [{**row, "count": max(cell["count"] for cell in row["cells"].values())} for row in rows]
-
-
-def number(value: Any) -> str:
-    """A count with its thousands, a share as per cent, words as they are; nothing for None."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return f"{100 * value:.1f}" if -1 <= value <= 1 else f"{value:,.1f}"
-    return "" if value is None else str(value)
-
-
-def extra_rows(found: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """(name, {run: value}) of every number in the runs' extra metrics; nested names are joined by a comma."""
-    rows: dict[str, dict[str, Any]] = {}
-    for run, measured in found["runs"].items():
-        for name, value in _flat(measured.get("extra") or {}):
-            rows.setdefault(name, {})[run] = value
-    return list(rows.items())
-
-
-def listed(names: Iterable[str]) -> str:
-    """Names as a sentence lists them: "a, b and c"."""
-    *first, last = names
-    return f"{', '.join(first)} and {last}" if first else last
-
-
-def said_p(value: float | None) -> str:
-    """A p value as it is read: never "0.000"."""
-    return "" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def decided(rows: Mapping[str, Rows]) -> str:
-    """Who decided a run's verdicts: "rule 1,998, gpt-4o 2"."""
-    found = Counter(str(row.get("decided_by", "rule")) for some in rows.values() for row in some)
-    return ", ".join(f"{who} {count:,}" for who, count in found.most_common())
-
-
-def _flat(value: Mapping[str, Any], name: str = "") -> Iterator[tuple[str, Any]]:
-    for key, item in value.items():
-        said = f"{name}, {key}" if name else str(key)
-        if isinstance(item, Mapping):
-            yield from _flat(item, said)
-        else:
-            yield said.replace("_", " "), item
 
 
 def _title(report: Report) -> str:
@@ -135,11 +72,12 @@ def _header(report: Report, scores: Mapping[str, Mapping[str, Rows]]) -> str:
         + "</tr>"
         for k, run in enumerate(runs)
     )
+    warnings = "".join(f"<p class=alarm>{escape(text)}</p>" for text in report.get("warnings") or ())
     counts = Counter(benchmark for benchmark, _, _ in splits_of(report))
     count = sum(max(m["count"] for m in found["runs"].values()) for _, _, found in splits_of(report))
     return (
         f"<header><h1>{escape(listed(runs))} <span>on {escape(', '.join(counts))}</span></h1>"
-        f"<p>{len(runs)} run{'s' * (len(runs) > 1)}, {count:,} answers to score each.</p>"
+        f"<p>{len(runs)} run{'s' * (len(runs) > 1)}, {count:,} responses of each.</p>{warnings}"
         f"<div class=scroll><table class='plain runs'><thead><tr><th>run</th>{head}</tr></thead><tbody>{body}</tbody></table></div></header>"
     )
 
@@ -194,8 +132,14 @@ def _cell(measured: Mapping[str, Any] | None) -> str:
     if measured is None:
         return ""
     robust = measured.get("robust")
-    below = f"<small>robust {percent(robust['accuracy'], robust['stderr'])}</small>" if robust else ""
-    return percent(measured["accuracy"], measured["stderr"]) + below
+    return _both(
+        percent(measured["accuracy"], measured["stderr"]),
+        percent(robust["accuracy"], robust["stderr"]) if robust else "",
+    )
+
+
+def _both(official: str, robust: str) -> str:
+    return escape(official) + (f"<small>robust {escape(robust)}</small>" if robust else "")
 
 
 def _measures(found: Mapping[str, Any], runs: list[str]) -> str:
@@ -235,8 +179,9 @@ def _extra(found: Mapping[str, Any], runs: list[str]) -> str:
         return ""
     here = list(found["runs"])
     head = "".join(f"<th><i class='dot {run_colour(runs, run)}'></i>{escape(run)}</th>" for run in here)
+    none = ("", "")
     body = "".join(
-        f"<tr><th scope=row>{escape(name)}</th>{''.join(f'<td>{escape(number(cells.get(run)))}</td>' for run in here)}</tr>"
+        f"<tr><th scope=row>{escape(name)}</th>{''.join(f'<td>{_both(*cells.get(run, none))}</td>' for run in here)}</tr>"
         for name, cells in rows
     )
     return _scrolled(f"<th>further metrics (shares in %)</th>{head}", body, "extra")
@@ -269,50 +214,54 @@ def _comparison(report: Report) -> str:
         if not rows:
             continue
         whole = [row for row in rows if row.get("group") is None]
-        parts.append(f"<h3>{escape(benchmark)} <span class=soft>{escape(split)}</span></h3>{_comparison_table(whole)}")
-        groups = dict.fromkeys(row["group"] for row in rows if row.get("group") is not None)
-        for group in groups:
+        said = "".join(f"<li>{escape(conclusion(row))}</li>" for row in whole if row["rule"] == "official")
+        title = f"<h3>{escape(benchmark)} <span class=soft>{escape(split)}</span></h3>"
+        parts.append(f"{title}<ul class=said>{said}</ul>{_comparison_table(whole)}")
+        for group in dict.fromkeys(row["group"] for row in rows if row.get("group") is not None):
             some = [row for row in rows if row.get("group") == group]
             parts.append(f"<details><summary>by {escape(group)}</summary>{_comparison_table(some)}</details>")
     if not parts:
         return ""
+    parts += [f"<p class=note>{escape(note)}</p>" for note in report.get("notes") or ()]
     return (
         f"<section id=comparison><h2>Comparison</h2>{''.join(parts)}"
         "<p class=note>Differences are paired: the same samples, in points ± standard error, with a 95 % interval; every plot's axis is "
-        "symmetric about no difference. Won, lost: samples that the run alone, or the other alone, has right. Corrected: the p value, for "
-        f"the number of comparisons made; coloured where it is below {SURE}. Needed: so many samples would tell this difference from "
-        "none.</p></section>"
+        "symmetric about no difference. Won, lost: samples that the run alone, or the other alone, does better on. Corrected p: Holm's, for "
+        f"the number of groups compared. Coloured: p below {SURE}, the corrected one where there is one. Needed: about so many samples would "
+        "settle a difference of this size.</p></section>"
     )
 
 
 def _comparison_table(rows: Rows) -> str:
-    reach = max([abs(row[key]) for row in rows for key in ("low", "high") if row.get(key) is not None] + [0.01])
+    reach = max([abs(row[key]) for row in rows for key in ("low", "high")] + [0.01])
     by_value = any(row.get("value") is not None for row in rows)
+    corrected = any(row.get("p_adjusted") is not None for row in rows)
+    plot = f"−{100 * reach:.0f} to +{100 * reach:.0f}"
     titles = [
-        *(["value"] if by_value else []), "run − against", "rule", "difference", f"−{100 * reach:.0f} to +{100 * reach:.0f}", "p",
-        "corrected p", "needed", "accuracies", "won, lost", "n",
+        *(["value"] if by_value else []), "run − against", "rule", "difference", plot, "p", *(["corrected p"] if corrected else []),
+        "needed", "accuracies", "won, lost", "n",
     ]  # fmt: skip
-    head = "".join(f"<th{' class=plot' if title.startswith('−') else ''}>{title}</th>" for title in titles)
-    body = "".join(_comparison_row(row, reach, by_value) for row in rows)
+    kinds = {"rule": " class=left", plot: " class=plot", **({"run − against": " class=left"} if by_value else {})}
+    head = "".join(f"<th{kinds.get(title, '')}>{title}</th>" for title in titles)
+    body = "".join(_comparison_row(row, reach, by_value=by_value, corrected=corrected) for row in rows)
     return _scrolled(head, body, "compared")
 
 
-def _comparison_row(row: Mapping[str, Any], reach: float, by_value: bool) -> str:
+def _comparison_row(row: Mapping[str, Any], reach: float, *, by_value: bool, corrected: bool) -> str:
     p = row["p_value"] if row.get("p_adjusted") is None else row["p_adjusted"]
-    tone = "flat" if p is None or p >= SURE else "up" if row["difference"] > 0 else "down"
-    figure = between = ""
-    if row.get("low") is not None:
-        figure = interval_figure(row["difference"], row["low"], row["high"], reach, tone)
-        between = f"<small>{100 * row['low']:+.1f} to {100 * row['high']:+.1f}</small>"
+    tone = "flat" if p >= SURE else "up" if row["difference"] > 0 else "down"
     pair = escape(f"{row['run']} − {row['against']}")
     named = f"<th scope=row>{escape(str(row['value']))}</th><td class=left>{pair}</td>"
+    difference = percent(row["difference"], row["stderr"], signed=True)
+    needed = row.get("samples_needed")
     cells = [
         named if by_value else f"<th scope=row>{pair}</th>", f"<td class=left>{escape(str(row['rule']))}</td>",
-        f"<td class={tone}>{percent(row['difference'], row.get('stderr'), signed=True)}{between}</td>", f"<td class=plot>{figure}</td>",
+        f"<td class={tone}>{difference}<small>{100 * row['low']:+.1f} to {100 * row['high']:+.1f}</small></td>",
+        f"<td class=plot>{interval_figure(row['difference'], row['low'], row['high'], reach, tone)}</td>",
         f"<td>{said_p(row['p_value'])}<small>{escape(str(row.get('test') or ''))}</small></td>",
-        f"<td>{said_p(row.get('p_adjusted'))}</td>", f"<td>{number(row.get('samples_needed'))}</td>",
-        f"<td>{number(row.get('second'))} − {number(row.get('first'))}</td>",
-        f"<td>{number(row.get('only_second'))}, {number(row.get('only_first'))}</td>", f"<td>{number(row['count'])}</td>",
+        f"<td>{said_p(row.get('p_adjusted'))}</td>" if corrected else "", f"<td>{'–' if needed is None else number(needed)}</td>",
+        f"<td>{number(row['second'])} − {number(row['first'])}</td>", f"<td>{number(row['only_second'])}, {number(row['only_first'])}</td>",
+        f"<td>{number(row['count'])}</td>",
     ]  # fmt: skip
     return f"<tr>{''.join(cells)}</tr>"
 

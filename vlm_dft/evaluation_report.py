@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from vlm_dft.chat import Sample
-from vlm_dft.evaluation_html import extra_rows, group_rows, number, render_evaluation, said_p, splits_of
+from vlm_dft.evaluation_cells import Report, Rows, extra_rows, group_rows, number, said_p, splits_of
+from vlm_dft.evaluation_html import render_evaluation
 from vlm_dft.reporting import percent
 from vlm_dft.runs import write_json, write_text
 
-Rows = Sequence[Mapping[str, Any]]
-Report = Mapping[str, Any]
 MOST_VALUES = 12  # of a group in the terminal; the others are in the page
 FIRST = 24  # characters of the first column
 WIDEST_GROUPS = 3  # runs side by side in 80 columns
@@ -92,12 +91,12 @@ def _scores(report: Report) -> Any:
 def _extra(report: Report) -> Any:
     rows = [(benchmark, split, extra_rows(found)) for benchmark, split, found in splits_of(report)]
     runs = list(dict.fromkeys(run for _, _, found in rows for _, cells in found for run in cells))
-    table = _table("further metrics", *runs, caption="shares in %")
+    table = _table("further metrics", *runs, caption="by the official rule; shares in % ± standard error")
     for benchmark, split, found in rows:
         if found:
             table.add_row(_text(f"{benchmark}, {split}", bold=True))
         for name, cells in found:
-            table.add_row(_text(name, indent=2), *(number(cells.get(run)) for run in runs))
+            table.add_row(_text(name, indent=2), *(cells.get(run, ("", ""))[0] for run in runs))
     return table
 
 
@@ -125,19 +124,19 @@ def _groups(report: Report) -> Iterator[Any]:
 
 def _comparisons(report: Report) -> Any:
     table = _table(
-        "run − against", "Δ", "95 %", "won, lost", "p", "corr. p", "needed",
-        caption="Δ: points, paired on the same samples; won, lost: the run alone, the other alone is right; corr. p: for the number of "
-        "comparisons; needed: samples that would settle it. Groups: in report.html",
+        "run − against", "Δ", "95 %", "won, lost", "p", "needed",
+        caption="Δ: points, paired on the same samples; won, lost: samples that the run alone, or the other alone, does better on; needed: "
+        "samples that would settle it. By group: in report.html",
     )  # fmt: skip
     for benchmark, split, found in splits_of(report):
-        rows = [row for row in found.get("comparisons") or [] if row.get("group") is None]
+        rows = [row for row in found["comparisons"] if row["group"] is None]
         for rule in dict.fromkeys(row["rule"] for row in rows):
             table.add_row(_text(f"{benchmark}, {split}, {rule}", bold=True))
             for row in (row for row in rows if row["rule"] == rule):
-                between = f"{100 * row['low']:+.1f} {100 * row['high']:+.1f}" if row.get("low") is not None else ""
+                needed = row["samples_needed"]
                 table.add_row(
                     _text(f"{row['run']} − {row['against']}", indent=2), percent(row["difference"], signed=True),
-                    between, f"{number(row.get('only_second'))}, {number(row.get('only_first'))}", said_p(row["p_value"]),
-                    said_p(row.get("p_adjusted")), number(row.get("samples_needed")),
+                    f"{100 * row['low']:+.1f} {100 * row['high']:+.1f}", f"{number(row['only_second'])}, {number(row['only_first'])}",
+                    said_p(row["p_value"]), "–" if needed is None else number(needed),
                 )  # fmt: skip
     return table

@@ -80,13 +80,13 @@ def _entries(
             for row in scores.get(run, {}).get(benchmark, ()):
                 judged.setdefault(row["id"], {}).setdefault(run, []).append(row)
         said = {
-            run: {(row["id"], row.get("draw", 0)): row for row in responses.get(run, {}).get(benchmark, ())}
+            run: {(row["id"], row.get("draw") or 0): row for row in responses.get(run, {}).get(benchmark, ())}
             for run in runs
         }
         for name, found in judged.items():
             first = next(iter(found.values()))[0]
             answers = [
-                [_answer(row, said[run].get((name, row.get("draw", 0)), {})) for row in found[run]]
+                [_answer(row, said[run].get((name, row.get("draw") or 0), {})) for row in found[run]]
                 if run in found
                 else None
                 for run in runs

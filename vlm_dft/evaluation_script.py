@@ -7,7 +7,8 @@ STYLE = """
 .sr{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
 .runs th,.runs td{text-align:left;vertical-align:top}.runs td{overflow-wrap:normal;min-width:5em}.runs td:last-child{min-width:12em}
 .scroll th:first-child{position:sticky;left:0;background:var(--card)}header .scroll th:first-child{background:var(--bg)}
-.extra th:first-child{white-space:normal}.scroll td,.scroll th{padding:4px 9px}th.plot{text-align:center}
+.extra th:first-child{white-space:normal}.scroll td,.scroll th{padding:4px 9px}.scroll .left{text-align:left}
+th.plot{text-align:center}
 .overview td,.overview th{padding:5px 10px}td small,th small{display:block;font-weight:400;color:var(--soft);font-size:12px}
 tr.name>*{padding-top:14px;text-align:left;color:var(--soft);font-size:12.5px;font-weight:600;border-top:1px solid var(--line)}
 td.left,th.left{text-align:left}td.plot{padding:0 4px;width:170px;min-width:170px}svg.interval{display:block;width:170px;height:22px}
@@ -16,6 +17,7 @@ svg .span.down,svg .mid.down{stroke:var(--bad)}svg .span.flat,svg .mid.flat{stro
 svg .mid.up{fill:var(--good)}svg .mid.down{fill:var(--bad)}svg .mid.flat{fill:var(--soft)}
 .sure{color:inherit}section>details{margin-top:14px}details[open]>summary{margin-bottom:6px}h3 .soft,h2 .soft{font-weight:400;color:var(--soft)}
 .notes{margin:0 0 14px;padding-left:18px;font-size:13px;color:var(--soft)}
+.said{margin:4px 0 0;padding-left:18px;font-size:14px}
 .tools{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(200px,100%),1fr));gap:10px 14px;margin:12px 0}
 .tools label{display:flex;flex-direction:column;gap:3px;font-size:12px;color:var(--soft);min-width:0}
 select,input{font:inherit;font-size:14px;color:var(--ink);background:var(--bg);border:1px solid var(--line);border-radius:7px;
@@ -28,6 +30,7 @@ kbd{font:11.5px ui-monospace,monospace;border:1px solid var(--line);border-radiu
 :is(button,select,input,summary,pre,article,a):focus-visible{outline:2px solid var(--c1);outline-offset:2px}
 #list article{display:block;padding:16px 18px;margin-bottom:14px;scroll-margin-top:12px}
 #list article[aria-current=true]{border-color:var(--c1);box-shadow:0 0 0 1px var(--c1)}
+.asked .question{font-weight:500}
 .asked{display:flex;gap:20px;margin-top:10px}.asked .pictures{flex:0 1 42%;display:flex;flex-wrap:wrap;gap:8px;align-content:flex-start}
 .asked .pictures img{width:auto;max-width:100%;height:auto;max-height:420px;object-fit:contain}
 .gone{border:1px dashed var(--line);border-radius:6px;padding:14px;font-size:12.5px;color:var(--soft)}
@@ -194,7 +197,7 @@ const card = (s, place) => {
     : make("img", {alt: `picture ${k + 1} of ${s.id}`, src: picture(p)}));
   const asked = make("div", {class: "asked"}, pictures.length ? make("div", {class: "pictures"}, ...pictures) : null, words);
   const box = make("article", {tabindex: -1, "aria-label": `sample ${s.id}, ${number(place + 1)} of ${number(list.length)}`,
-    "aria-current": place === state.at}, tags, asked, make("div", {class: "answers"}, ...each.map(r => answer(s, r))));
+    "aria-current": String(place === state.at)}, tags, asked, make("div", {class: "answers"}, ...each.map(r => answer(s, r))));
   box.addEventListener("focusin", () => { if (state.at !== place) { state.at = place; mark(); write(); } });
   box.dataset.place = place;
   return box;
@@ -258,7 +261,9 @@ const groupOptions = () => {
     ...[...tally(values)].sort((a, b) => a[0].localeCompare(b[0], "en", {numeric: true}))
       .map(([value, n]) => make("option", {value: `${name}=${value}`}, `${value} (${number(n)})`)))));
 };
+let waiting = 0;
 const show = () => {
+  clearTimeout(waiting);
   groupOptions();
   for (const key of ["split", "group", "rule"]) {
     $(key).value = state[key];
@@ -277,7 +282,6 @@ for (const [key, label] of shownKinds) {
   $("chips").append(button);
 }
 for (const key of ["split", "group", "rule"]) $(key).addEventListener("change", () => set({[key]: $(key).value}));
-let waiting = 0;
 $("q").addEventListener("input", () => { clearTimeout(waiting); waiting = setTimeout(() => set({q: $("q").value}), 150); });
 for (const button of document.querySelectorAll(".pager button"))
   button.addEventListener("click", () => turn(button.classList.contains("on") ? 1 : -1));
