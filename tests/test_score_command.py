@@ -114,6 +114,14 @@ def test_a_runs_own_results_say_its_data_limit_and_protocol(bars: list[str], tmp
     )
 
 
+def test_a_training_runs_folder_says_its_data_and_limit_too(bars: list[str], tmp_path: Path) -> None:
+    lines(tmp_path / "run/dft/predictions.jsonl", ANSWERS[:3])
+    (tmp_path / "run/config.yaml").write_text(yaml.safe_dump({"data": bars[3], "evaluation": {"eval_limit": 3}}))
+    assert score(tmp_path / "run/dft", *bars[:2], "--json", tmp_path / "r.json") == 0
+    said = json.loads((tmp_path / "r.json").read_text())
+    assert (said["model"], said["limit"], said["splits"]["test"]["count"]) == ("dft", 3, 3)
+
+
 def test_what_is_missing_is_refused_or_scored_in_sight(
     bars: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
