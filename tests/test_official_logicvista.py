@@ -40,7 +40,9 @@ def test_stored_extractions_give_every_stored_verdict(cases: list[dict[str, Any]
     assert all(score_extraction(c["official_extraction"], c).correct == c["official_correct"] for c in cases)
 
 
-def test_raw_responses_agree_with_the_official_verdicts_better_than_any_peer(same: list[tuple[dict[str, Any], bool]]) -> None:
+def test_raw_responses_agree_with_the_official_verdicts_better_than_any_peer(
+    same: list[tuple[dict[str, Any], bool]],
+) -> None:
     assert agreement(same) >= 97.5  # the best peer: 89.3
     assert agreement(same, answer_type="letter") >= 97.4  # 89.4
     assert agreement(same, answer_type="letter_multi") == 100  # 100
