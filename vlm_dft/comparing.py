@@ -11,12 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlm_dft.cards import nearest
+from vlm_dft.conclusions import conclusion
 from vlm_dft.errors import UserError
 from vlm_dft.metrics import METRICS, cluster_of, labels, summarise
 from vlm_dft.paired import holm, paired_difference, with_seeds
 from vlm_dft.run_folders import BASE, Run, read_runs, read_scores
 
-__all__ = ["BASE", "Run", "compare_runs", "read_runs", "read_scores"]
+__all__ = ["BASE", "Run", "compare_runs", "conclusion", "read_runs", "read_scores"]
 
 Row = Mapping[str, Any]
 Rows = list[dict[str, Any]]
@@ -96,7 +97,7 @@ def _compare_benchmark(
 ) -> dict[str, Any]:
     scores = _same_samples(name, scores, warnings, common=common)
     first = next(iter(scores.values()))[0]
-    metrics = [m for m in METRICS if any(m in _extra(run.settings[name]) for found in runs.values() for run in found)]
+    metrics = _metrics(name, runs)
     splits = {}
     for split in dict.fromkeys(str(row["split"]) for row in first):
         here = {label: [[r for r in rows if r["split"] == split] for rows in seeds] for label, seeds in scores.items()}
@@ -244,9 +245,7 @@ def _check_settings(benchmark: str, runs: Mapping[str, Sequence[Run]], warnings:
         said: dict[str, list[str]] = {}
         for label, found in runs.items():
             for run in found:
-                value = run.settings[benchmark].get(key)
-                if isinstance(value, Mapping):
-                    value = {k: v for k, v in sorted(value.items()) if k != "seed"}
+                value = _plain(run.settings[benchmark].get(key))
                 if value is not None and label not in (labels := said.setdefault(str(value), [])):
                     labels.append(label)
         if len(said) < 2:
@@ -258,6 +257,13 @@ def _check_settings(benchmark: str, runs: Mapping[str, Sequence[Run]], warnings:
                 "pass --mixed to compare all the same."
             )
         warnings.append(f"{benchmark}: {key} differs ({differ}).")
+
+
+def _plain(value: Any) -> Any:
+    """A setting as runs are compared by it: seeds of drawing may differ, and a length is a setting of its own."""
+    if isinstance(value, Mapping):
+        return {k: v for k, v in sorted(value.items()) if k not in ("seed", "max_new_tokens")}
+    return {"samples": 1, "temperature": 0.0} if value == "greedy" else value
 
 
 def _check_draws(benchmark: str, scores: Mapping[str, Sequence[Rows]], warnings: list[str], *, mixed: bool) -> None:
@@ -308,9 +314,19 @@ def _mean(found: Sequence[Any]) -> Any:
     return first if all(one == first for one in found) else math.fsum(found) / len(found)
 
 
-def _extra(settings: Mapping[str, Any]) -> set[str]:
-    """The named metrics that a results.json has."""
-    return {name for split in (settings.get("splits") or {}).values() for name in split.get("extra") or {}}
+def _metrics(benchmark: str, runs: Mapping[str, Sequence[Run]]) -> list[str]:
+    """The named metrics that results.json has; a training run leaves none: then those of the benchmark's card."""
+    from vlm_dft.benchmark_cards import read_benchmark
+
+    kept = [run.settings[benchmark].get("splits") for found in runs.values() for run in found]
+    if any(kept):
+        return [
+            m for m in METRICS if any(m in (s.get("extra") or {}) for splits in kept for s in (splits or {}).values())
+        ]
+    try:
+        return list(read_benchmark(benchmark).get("metrics") or [])
+    except UserError:  # a card of one's own, named by its path
+        return []
 
 
 def _listed(runs: Sequence[Run]) -> str:
