@@ -129,7 +129,9 @@ def _layouts(value: object, where: str) -> None:
 def _each(value: object, where: str) -> None:
     one = isinstance(value, Mapping) and len(value) == 1
     if not one or not isinstance(next(iter(value.values())), list) or not next(iter(value.values())):  # type: ignore[attr-defined]
-        raise CardError(f"{where}: expected one name with a list of values, such as {{variant: [1, 2]}}, found {value!r}.")
+        raise CardError(
+            f"{where}: expected one name with a list of values, such as {{variant: [1, 2]}}, found {value!r}."
+        )
 
 
 def _record(value: object, where: str) -> None:
@@ -164,8 +166,8 @@ def _metrics(value: object, where: str) -> None:
     from vlm_dft import metrics
 
     _texts(value, where)
-    known = getattr(metrics, "METRICS", None)
-    for name in value if known is not None else ():  # type: ignore[attr-defined]
+    known: Mapping[str, Any] = getattr(metrics, "METRICS", {})
+    for name in value if known else ():  # type: ignore[attr-defined]
         _known(name, known, "metric", where)
 
 

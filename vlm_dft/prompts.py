@@ -13,7 +13,6 @@ from vlm_dft.renaming import LETTERS
 __all__ = ["LETTERS", "option_texts", "prompt_text", "right_option"]
 
 
-
 def prompt_text(card: Mapping[str, Any], row: Mapping[str, Any], *, where: str) -> str:
     """The card's `prompt` with its `{columns}` filled, then the optional parts that the card declares.
 
