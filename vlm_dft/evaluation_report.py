@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_dft.chat import Sample
-from vlm_dft.evaluation_cells import Report, Rows, extra_rows, group_rows, number, said_p, splits_of
+from vlm_dft.evaluation_cells import Report, Rows, extra_rows, group_rows, groups_of, number, said_p, splits_of
 from vlm_dft.evaluation_html import render_evaluation
 from vlm_dft.reporting import percent
 from vlm_dft.runs import write_json, write_text
@@ -52,13 +52,13 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _table(first: str, *titles: str, caption: str | None = None) -> Any:
+def _table(first: str, *titles: str, caption: str | None = None, first_width: int = FIRST) -> Any:
     """A narrow table: the first column left and folded where it must be, the others right."""
     from rich import box
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), caption=caption, caption_justify="left")
-    table.add_column(first, overflow="fold", max_width=FIRST)
+    table.add_column(first, overflow="fold", max_width=first_width)
     for title in titles:
         table.add_column(title, justify="right", no_wrap=True)
     return table
@@ -106,9 +106,9 @@ def _groups(report: Report) -> Iterator[Any]:
     long = False
     for k in range(0, len(names), WIDEST_GROUPS):
         runs = names[k : k + WIDEST_GROUPS]
-        table = _table("official, by group", "n", *runs)
+        table = _table("official, by group", "n", *runs, first_width=31)
         for benchmark, split, found in splits_of(report):
-            for group in dict.fromkeys(name for m in found["runs"].values() for name in m["groups"]):
+            for group in groups_of(found):
                 rows = group_rows(found, group, split)[1:]
                 long = long or len(rows) > MOST_VALUES
                 if len(rows) > MOST_VALUES or not any(run in found["runs"] for run in runs):
