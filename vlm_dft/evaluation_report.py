@@ -38,9 +38,15 @@ def write_evaluation(
 
 
 def evaluation_tables(report: Report) -> list[Any]:
-    """Rich tables of at most 80 columns: scores, further metrics, groups, and the comparisons where there are any."""
-    tables = [_scores(report), _extra(report), *_groups(report), _comparisons(report)]
-    return [table for table in tables if table is not None and table.row_count]
+    """Rich tables of at most 80 columns, a blank line after each: scores, further metrics, groups, and comparisons where there are any.
+
+    Groups are shown where there is one benchmark; of several they fill pages, and are in report.html.
+    """
+    from rich.padding import Padding
+
+    groups = _groups(report) if len(report["benchmarks"]) == 1 else ()
+    tables = [_scores(report), _extra(report), *groups, _comparisons(report)]
+    return [Padding(table, (0, 0, 1, 0), expand=False) for table in tables if table.row_count]
 
 
 def _finite(value: Any) -> Any:
@@ -74,7 +80,8 @@ def _text(value: Any, *, bold: bool = False, indent: int = 0) -> Any:
 def _scores(report: Report) -> Any:
     table = _table(
         "benchmark, run", "n", "official", "95 %", "robust", "abst.", "cut",
-        caption="accuracy in % ± standard error; abst.: no answer found (official rule); cut: at the token limit",
+        caption="accuracy in % ± standard error; abst.: no answer found (official rule); cut: at the token limit"
+        + ("" if len(report["benchmarks"]) == 1 else ". By group: in report.html"),
     )  # fmt: skip
     for benchmark, split, found in splits_of(report):
         table.add_row(_text(f"{benchmark}, {split}", bold=True))

@@ -136,12 +136,14 @@ def _fit_texts(entries: Sequence[Mapping[str, Any]]) -> list[str]:
     limit = next((n for n in SHORTENED if sum(min(n, length) for length in lengths) <= TEXT_BUDGET), SHORTENED[-1])
     for answer, length in zip(answers, lengths, strict=True):
         if length > limit:
-            answer["response"], answer["length"] = answer["response"][:limit], length
+            whole, answer["length"] = answer["response"], length
+            answer["response"] = whole[: limit // 2] + "\n\n⋯\n\n" + whole[-(limit // 2) :]  # answers stand at the end
     cut = sum(length > limit for length in lengths)
     if not cut:
         return []
     return [
-        f"{cut:,} of {len(answers):,} responses are shortened to {limit:,} characters in this page; predictions.jsonl has them whole."
+        f"{cut:,} of {len(answers):,} responses are shortened in this page to their beginning and end, {limit:,} characters together; "
+        "predictions.jsonl has them whole."
     ]
 
 
