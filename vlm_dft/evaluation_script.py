@@ -44,8 +44,8 @@ display:flex;flex-wrap:wrap;gap:8px;align-content:flex-start}
 .response.none{border-color:var(--line);color:var(--soft)}
 .verdicts{display:grid;grid-template-columns:auto auto 1fr;gap:1px 10px;font-size:13px;margin-top:6px}.verdicts>*{min-width:0;overflow-wrap:anywhere}
 .verdicts .rule{color:var(--soft)}.ok{color:var(--good);font-weight:600}.no{color:var(--bad);font-weight:600}.more{font-size:12.5px;padding:2px 10px}
-.pair{display:flex;flex-wrap:wrap;gap:8px 20px;align-items:flex-start}.pair>.figures{flex:1 1 320px;max-width:430px;min-width:0}
-.pair>.scroll{flex:100 1 540px;margin-top:0;min-width:0}.pair td,.pair th{padding:4px 6px}
+.pair{display:flex;flex-wrap:wrap;gap:8px 20px;align-items:flex-start}.pair>.figures{flex:1 1 390px;max-width:430px;min-width:0}
+.pair>.scroll{flex:1 1 550px;margin-top:0;min-width:0}.pair td,.pair th{padding:4px 6px}
 mark{font-size:12.5px;background:var(--middle);color:inherit;border-radius:3px;padding:0 4px}
 @media(max-width:620px){main{padding:20px 10px 48px}section{padding:16px 12px}
 .asked{flex-direction:column;gap:12px}.asked .pictures{flex:none;max-width:100%}
