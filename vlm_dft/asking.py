@@ -11,7 +11,7 @@ from vlm_dft.errors import CardError, RowError
 from vlm_dft.filters import check_keep, why_dropped
 from vlm_dft.prompts import LETTERS, option_texts, prompt_text
 
-FORM_KEYS = ("prompt", "parts", "options", "unit", "system", "squeeze", "pictures")
+FORM_KEYS = ("prompt", "parts", "options", "unit", "system", "squeeze", "pictures", "markers")
 STYLE_KEYS = ("column", "each", "join")
 Case = Mapping[str, Any]
 
@@ -22,6 +22,8 @@ def asked_text(form: Mapping[str, Any], row: Mapping[str, Any], *, where: str) -
     prompt: a text with {columns}, {options} and {parts} in it
     parts: name -> cases [{when: {column: value}, text: ...}, {text: ...}]; the first case whose `when` holds is the part
     options: a column, or {column: ..., each: "({letter}) {option}", join: "\\n"}; nothing for a row without options
+    pictures: false  the row's pictures are not given
+    markers: text    numbered markers of pictures, <image1>, stay words, and the picture goes before them all
     squeeze: true    each two blanks become one and the ends are stripped, as PromptPG and ScienceQA do
     Raises RowError for a column that the row lacks, and for a part none of whose cases holds.
     """
@@ -67,6 +69,8 @@ def check_form(form: object, *, where: str) -> None:
         columns_of(style["each"], where=f"{where}, options")
     elif style is not None and not isinstance(style, str):
         raise CardError(f"{where}, options: expected a column, or {{column, each, join}}, found {style!r}.")
+    if form.get("markers", "text") != "text":
+        raise CardError(f"{where}, markers: expected text (<image1> stays a word, the picture goes first), found {form['markers']!r}.")
     for key in ("squeeze", "pictures"):
         if not isinstance(form.get(key, True), bool):
             raise CardError(f"{where}, {key}: expected true or false, found {form[key]!r}.")

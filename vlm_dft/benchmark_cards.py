@@ -22,7 +22,7 @@ RECORD = ("question", "choices", "question_type", "answer_type", "precision", "u
 EXTRAS = ("ID", "key", "knowledge concept", "seed", "variant", "problem_index", "problem_version", "precise_value")
 SPLIT_KEYS = ("rows", "id", *PICTURES)
 SOURCES = ("files", "hub", "embedded")
-LAYOUT_KEYS = (*SOURCES, "config", "split", "revision", "kind", "columns", "name", "folder", *PICTURES)
+LAYOUT_KEYS = (*SOURCES, "config", "split", "revision", "kind", "columns", "given", "name", "folder", *PICTURES)
 OFFICIAL = "official"
 
 
@@ -122,6 +122,8 @@ def _layouts(value: object, where: str) -> None:
         check_keys(layout, LAYOUT_KEYS, where=place)
         if len(set(SOURCES) & set(layout)) != 1:
             raise CardError(f"{place}: expected one of {', '.join(SOURCES)}, found {sorted(layout)}.")
+        if not isinstance(layout.get("given", {}), Mapping):
+            raise CardError(f"{place}, given: expected columns with a value for every row, found {layout['given']!r}.")
 
 
 def _each(value: object, where: str) -> None:
@@ -147,6 +149,17 @@ def _record(value: object, where: str) -> None:
                 raise CardError(f"{where}, {key}: expected a value or a column, found {rule!r}.")
         elif not isinstance(rule, str):
             raise CardError(f"{where}, {key}: expected a column, a value or a list of cases, found {rule!r}.")
+
+
+def _groups(value: object, where: str) -> None:
+    if not isinstance(value, list):
+        raise CardError(f"{where}: expected a list of columns, or of {{name: cases}}, found {value!r}.")
+    for one in value:
+        if isinstance(one, Mapping) and one:
+            for name, cases in one.items():
+                check_cases(cases, ("text",), where=f"{where}, {name}")
+        elif not isinstance(one, str):
+            raise CardError(f"{where}: expected a column, or {{name: cases}}, found {one!r}.")
 
 
 def _metrics(value: object, where: str) -> None:
@@ -188,7 +201,7 @@ def _flag(value: object, where: str) -> None:
 CHECKS: dict[str, Callable[[Any, str], object]] = {
     "description": _text, "licence": _text, "paper": _text, "notes": _text, "answer": _text, "cluster": _text,
     "rows": _count, "max_new_tokens": _count, "scorer": _scorer, "layouts": _layouts, "each": _each, "record": _record,
-    "groups": _texts, "default": _texts, "metrics": _metrics, "empty_gold": _flag, "images_optional": _flag, "image_root": _text,
+    "groups": _groups, "default": _texts, "metrics": _metrics, "empty_gold": _flag, "images_optional": _flag, "image_root": _text,
     "id": lambda value, where: columns_of(value, where=where),
     "image": lambda value, where: columns_of(value, where=where),
 }  # fmt: skip

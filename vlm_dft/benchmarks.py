@@ -136,7 +136,8 @@ def _sample(
     messages: list[Any] = [{"role": "user", "content": asked_text(form, row, where=where)}]
     if form.get("system"):
         messages = [{"role": "system", "content": form["system"]}, *messages]
-    messages, images, _ = read_numbered(messages, images, where=where)
+    if form.get("markers") != "text":
+        messages, images, _ = read_numbered(messages, images, where=where)
     gold = text_of(_value(row, card["answer"], where), card["answer"], where)
     if not gold.strip() and not card.get("empty_gold"):
         raise RowError(f"{where}: the answer in column {card['answer']!r} is empty.", "empty answer")
@@ -198,13 +199,18 @@ def _plain(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _groups(paths: list[str], row: Row, where: str) -> dict[str, str | tuple[str, ...]]:
+def _groups(paths: list[Any], row: Row, where: str) -> dict[str, str | tuple[str, ...]]:
     """What accuracy is broken down by, by the last name of each path; several labels of one row are a tuple.
 
-    A path that ends in a question mark is of a column that a layout may lack.
+    A path that ends in a question mark is of a column that a layout may lack. {name: cases} is a group of our own.
     """
     groups: dict[str, str | tuple[str, ...]] = {}
     for path in paths:
+        if isinstance(path, Mapping):
+            for name, cases in path.items():
+                case = case_of(cases, row, where=f"{where}, group {name}")
+                groups[name] = fill(case["text"], row, where=where)
+            continue
         column = path.removesuffix("?")
         try:
             value = value_at(row, column)

@@ -33,10 +33,9 @@ def add_compare(commands: Any) -> None:
     )
     compare.add_argument("--mixed", action="store_true", help="compare although protocol, decoding or length differ")
     compare.add_argument(
-        "--data",
-        metavar="DIR",
-        help="the benchmark's files, for the page's questions (default: as evaluated)",
-    )
+        "--data", action="append", default=[], metavar="DIR",
+        help="the benchmark's files, for the page's questions (default: as evaluated); NAME=DIR for one benchmark, repeated",
+    )  # fmt: skip
     compare.add_argument("--json", metavar="FILE", help="write the report here")
     compare.add_argument("--html", metavar="FILE", help="write the page here")
     compare.add_argument("--output", metavar="DIR", help="write report.json and report.html into this folder")
@@ -64,7 +63,7 @@ def compare_command(arguments: argparse.Namespace) -> int:
 
 
 def _show(report: Mapping[str, Any], rule: str) -> None:
-    from vlm_dft.comparing import conclusion, whole_rows
+    from vlm_dft.conclusions import also_said, conclusion, whole_rows
     from vlm_dft.evaluation_report import evaluation_tables
 
     for warning in report["warnings"]:
@@ -77,6 +76,8 @@ def _show(report: Mapping[str, Any], rule: str) -> None:
     several = len({(benchmark, split) for benchmark, split, _ in rows}) > 1
     for benchmark, split, row in rows:
         echo(f"  {f'{benchmark}, {split}: ' if several else ''}{printable(conclusion(row))}")
+        for line in also_said(report, row):
+            echo(f"    {printable(line)}")
     for note in report["notes"]:
         echo(f"  {printable(note)}")
 
@@ -118,18 +119,19 @@ def _write_pages(
         echo(f"report: {output / 'report.html'}, {output / 'report.json'}")
 
 
-def _samples(report: Mapping[str, Any], runs: Mapping[str, Sequence[Any]], data: str | None) -> dict[str, Any]:
+def _samples(report: Mapping[str, Any], runs: Mapping[str, Sequence[Any]], words: list[str]) -> dict[str, Any]:
     """{benchmark: its samples}, where its files are at hand; the page has no questions and pictures of the others, which is said."""
     from vlm_dft.benchmarks import load_benchmark
+    from vlm_dft.evaluate_command import read_data
 
-    found = {}
+    data, found = read_data(words), {}
     for name in report["benchmarks"]:
         settings = next(run.settings[name] for seeds in runs.values() for run in seeds if name in run.settings)
         said = {key: settings[key] for key in ("limit", "protocol") if settings.get(key) is not None}
         try:
-            splits = load_benchmark(name, data or settings.get("data"), **said)
+            splits = load_benchmark(name, data.get(name, data.get("")) or settings.get("data"), **said)
         except (UserError, OSError) as error:
-            echo(f"{name}: the page has no questions and pictures ({printable(str(error))}). Pass --data DIR.")
+            echo(f"{name}: the page has no questions and pictures ({printable(str(error))})")
         else:
             found[name] = [sample for samples in splits.values() for sample in samples]
     return found

@@ -11,12 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlm_dft.cards import nearest
+from vlm_dft.conclusions import conclusion
 from vlm_dft.errors import UserError
 from vlm_dft.metrics import METRICS, cluster_of, labels, summarise
 from vlm_dft.paired import holm, paired_difference, with_seeds
 from vlm_dft.run_folders import BASE, Run, read_runs, read_scores
 
-__all__ = ["BASE", "Run", "compare_runs", "read_runs", "read_scores"]
+__all__ = ["BASE", "Run", "compare_runs", "conclusion", "read_runs", "read_scores"]
 
 Row = Mapping[str, Any]
 Rows = list[dict[str, Any]]
@@ -68,36 +69,6 @@ def compare_runs(
     }
 
 
-def conclusion(row: Row) -> str:
-    """A comparison row in a sentence: "dft − nll: +1.9 points, 95 % interval [−0.4, 4.2], p = 0.11: not settled; ..."."""
-    start = (
-        f"{row['run']} − {row['against']}: {_points(row['difference'])} points, 95 % interval "
-        f"[{_points(row['low'], sign=False)}, {_points(row['high'], sign=False)}], {said_p(row['p_value'])}"
-    )
-    if row["p_value"] < 0.05 and row["difference"]:
-        better, worse = (row["run"], row["against"]) if row["difference"] > 0 else (row["against"], row["run"])
-        return f"{start}: settled, {better} is better than {worse}"
-    if row["difference"] == 0:
-        return f"{start}: no difference seen; one of {_points(row['detectable'], sign=False)} points could be with these samples"
-    if row["samples_needed"] is None:
-        return f"{start}: not settled, and more samples alone would not do: the seeds differ too much. More seeds are needed"
-    return f"{start}: not settled; about {_rounded(row['samples_needed'])} samples would be needed (here: {row['count']:,})"
-
-
-def said_p(p: float) -> str:
-    """p = 0.11, p = 0.003, p < 0.0001."""
-    return "p < 0.0001" if p < 1e-4 else f"p = {p:.1g}" if p < 0.01 else f"p = {p:.2f}"
-
-
-def whole_rows(report: Mapping[str, Any], rule: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """(benchmark, split, comparison) of the whole splits by one rule."""
-    for benchmark, splits in report["benchmarks"].items():
-        for split, found in splits.items():
-            for row in found["comparisons"]:
-                if row["group"] is None and row["rule"] == rule:
-                    yield benchmark, split, row
-
-
 def _order(found: list[str], baseline: str | None) -> list[str]:
     if baseline is not None and baseline not in found:
         raise UserError(
@@ -126,7 +97,7 @@ def _compare_benchmark(
 ) -> dict[str, Any]:
     scores = _same_samples(name, scores, warnings, common=common)
     first = next(iter(scores.values()))[0]
-    metrics = [m for m in METRICS if any(m in _extra(run.settings[name]) for found in runs.values() for run in found)]
+    metrics = _metrics(name, runs)
     splits = {}
     for split in dict.fromkeys(str(row["split"]) for row in first):
         here = {label: [[r for r in rows if r["split"] == split] for rows in seeds] for label, seeds in scores.items()}
@@ -274,9 +245,7 @@ def _check_settings(benchmark: str, runs: Mapping[str, Sequence[Run]], warnings:
         said: dict[str, list[str]] = {}
         for label, found in runs.items():
             for run in found:
-                value = run.settings[benchmark].get(key)
-                if isinstance(value, Mapping):
-                    value = {k: v for k, v in sorted(value.items()) if k != "seed"}
+                value = _plain(run.settings[benchmark].get(key))
                 if value is not None and label not in (labels := said.setdefault(str(value), [])):
                     labels.append(label)
         if len(said) < 2:
@@ -288,6 +257,13 @@ def _check_settings(benchmark: str, runs: Mapping[str, Sequence[Run]], warnings:
                 "pass --mixed to compare all the same."
             )
         warnings.append(f"{benchmark}: {key} differs ({differ}).")
+
+
+def _plain(value: Any) -> Any:
+    """A setting as runs are compared by it: seeds of drawing may differ, and a length is a setting of its own."""
+    if isinstance(value, Mapping):
+        return {k: v for k, v in sorted(value.items()) if k not in ("seed", "max_new_tokens")}
+    return {"samples": 1, "temperature": 0.0} if value == "greedy" else value
 
 
 def _check_draws(benchmark: str, scores: Mapping[str, Sequence[Rows]], warnings: list[str], *, mixed: bool) -> None:
@@ -316,6 +292,10 @@ def _notes(seeds: Mapping[str, int]) -> list[str]:
             f"{', '.join(single)}: one seed each, so errors and tests cover the choice of samples, not how a training run would "
             "come out with another seed."
         )
+    if len(seeds) > 2:
+        notes.append(
+            "p values of whole splits are not corrected for the number of pairs of runs; those of groups are, for the groups."
+        )
     return notes
 
 
@@ -334,22 +314,20 @@ def _mean(found: Sequence[Any]) -> Any:
     return first if all(one == first for one in found) else math.fsum(found) / len(found)
 
 
-def _extra(settings: Mapping[str, Any]) -> set[str]:
-    """The named metrics that a results.json has."""
-    return {name for split in (settings.get("splits") or {}).values() for name in split.get("extra") or {}}
+def _metrics(benchmark: str, runs: Mapping[str, Sequence[Run]]) -> list[str]:
+    """The named metrics that results.json has; a training run leaves none: then those of the benchmark's card."""
+    from vlm_dft.benchmark_cards import read_benchmark
+
+    kept = [run.settings[benchmark].get("splits") for found in runs.values() for run in found]
+    if any(kept):
+        return [
+            m for m in METRICS if any(m in (s.get("extra") or {}) for splits in kept for s in (splits or {}).values())
+        ]
+    try:
+        return list(read_benchmark(benchmark).get("metrics") or [])
+    except UserError:  # a card of one's own, named by its path
+        return []
 
 
 def _listed(runs: Sequence[Run]) -> str:
     return ", ".join(dict.fromkeys(name for run in runs for name in run.benchmarks))
-
-
-def _points(value: float, *, sign: bool = True) -> str:
-    text = f"{100 * value:{'+' if sign else ''}.1f}"
-    text = text.replace("-", "−")
-    return {"−0.0": "0.0", "+0.0": "0.0"}.get(text, text)
-
-
-def _rounded(count: int) -> str:
-    """A count to two figures: 2345 is 2,300."""
-    digits = max(0, len(str(count)) - 2)
-    return f"{round(count, -digits):,}" if count < 10**6 else "over a million"

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from vlm_dft.cards import nearest
+from vlm_dft.errors import UserError
 from vlm_dft.named_metrics import METRICS, of_draws
 from vlm_dft.shares import Z95, share
 
@@ -57,7 +58,7 @@ def summarise(scores: Iterable[Row], metrics: Sequence[str] = ()) -> dict[str, d
     """
     for name in metrics:
         if name not in METRICS:
-            raise ValueError(f"Unknown metric {name!r}.{nearest(name, METRICS)} Known: {', '.join(METRICS)}.")
+            raise UserError(f"Unknown metric {name!r}.{nearest(name, METRICS)} Known: {', '.join(METRICS)}.")
     result = {}
     for split, rows in _by(list(scores), lambda row: str(row["split"])).items():
         result[split] = {

@@ -9,6 +9,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
+from vlm_dft.errors import UserError
 from vlm_dft.shares import interval, ratio, share
 
 Rows = Sequence[Mapping[str, Any]]
@@ -242,11 +243,11 @@ def _cluster(row: Mapping[str, Any]) -> str:
 
 
 def _labels(rows: Rows, group: str, metric: str) -> list[str]:
-    """Each row's one label of a group. Raises ValueError for a row that has none, or several."""
+    """Each row's one label of a group. Raises UserError for a row that has none, or several."""
     found = [(row.get("groups") or {}).get(group) for row in rows]
     for row, label in zip(rows, found, strict=True):
         if not isinstance(label, str):
-            raise ValueError(
+            raise UserError(
                 f"Metric {metric!r} needs group {group!r} with one label in every row; sample {row['id']!r} has {label!r}. "
                 f"Name it in the card's groups."
             )

@@ -40,7 +40,8 @@ def paired_difference(first: Floats, second: Floats, clusters: Ints, *, draws: i
     total = variance + seeds
     if of_seeds:
         freedom = _freedom(total, variance, len(sums), of_seeds)
-        p_value, test = _student(difference, total, freedom), "t, samples and seeds"
+        least = 2.0 ** (1 - np.count_nonzero(sums))  # of any test that does not know the clusters' spread
+        p_value, test = max(_student(difference, total, freedom), min(1.0, least)), "t, samples and seeds"
         half = math.sqrt(total) * float(stdtrit(freedom, 0.975)) if total else 1.0
         low, high = difference - half, difference + half
     else:
@@ -117,11 +118,10 @@ def _permuted(sums: Floats, draws: int, plain: bool) -> tuple[float, str]:
     units = np.rint(sums * draws).astype(np.int64)
     if (np.abs(units).sum() + 2) * len(np.unique(np.abs(units))) <= FREQUENCIES:
         return sign_flip(units.tolist()), "sign-flip"
-    random, other = np.random.default_rng(0), np.abs(units[units != 0]).astype(np.float64)
-    reached = abs(int(units.sum())) - 1e-9
-    hits = sum(
-        int((np.abs(random.choice((-1.0, 1.0), (100, len(other))) @ other) >= reached).sum()) for _ in range(100)
-    )
+    random, other = np.random.default_rng(0), np.abs(units[units != 0])
+    half, reached = int(other.sum()), abs(int(units.sum()))
+    flipped = (random.integers(0, 2, (1000, len(other)), dtype=np.int8) @ other for _ in range(10))
+    hits = sum(int((np.abs(2 * sums - half) >= reached).sum()) for sums in flipped)
     return (hits + 1) / 10_001, "sign-flip, 10,000 drawn"
 
 

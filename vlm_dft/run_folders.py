@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from vlm_dft.cards import nearest
-from vlm_dft.errors import RowError, UserError
+from vlm_dft.errors import RowError, UserError, printable
 
 BASE = "base"
 SCORES = "scores.jsonl"
@@ -47,7 +47,7 @@ def read_runs(words: Sequence[str]) -> dict[str, list[Run]]:
     so are the models of training runs that differ in their seed alone. Other folders of the same name are told apart by
     the folders above them.
     """
-    found = [one for word in words for one in _expand(*_split(word))]
+    found = [replace(one, label=printable(one.label)) for word in words for one in _expand(*_split(word))]
     labels: dict[str, list[_Found]] = {}
     for one in found:
         labels.setdefault(one.label, []).append(one)
