@@ -95,6 +95,22 @@ def test_every_text_of_a_sample_is_in_the_page_and_none_of_it_as_markup(made: di
     assert third.startswith("<!-- <script> \x00 \x1b[31m \u2028 \ufffd & &amp; ' \" \\")  # but half a surrogate pair
 
 
+def test_names_of_runs_groups_and_models_are_escaped(tmp_path: Path) -> None:
+    name = "<img src onerror>\"'"
+    samples = make_samples([], {"mathvista": 4})
+    for k, sample in enumerate(samples["mathvista"]):
+        sample.groups[f"{name} group"] = f"{name} value {k % 2}"
+    scores, responses = make_rows(samples, {name: 0.5, "b": 0.5}, ["so"])
+    report = make_report(scores, tmp_path / "runs")
+    report["runs"]["b"]["model"] = f"{name} model"
+    report["warnings"] = [f"{name} warning"]
+    write_evaluation(tmp_path, report, samples=samples, scores=scores, responses=responses)
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<img src" not in text
+    for what in ("group", "value 1", "model", "warning"):
+        assert f"&lt;img src onerror&gt;&quot;&#x27; {what}" in text
+
+
 def test_pictures_are_small_and_each_is_held_once(page: Path) -> None:
     blocks = read_blocks(page.read_text(encoding="utf-8"))
     assert len(blocks["pictures-0"]) == 3  # of 90 samples
@@ -128,9 +144,13 @@ def test_responses_are_shortened_when_all_of_them_pass_the_budget_and_the_page_s
     monkeypatch.setattr(evaluation_samples, "TEXT_BUDGET", 50_000)
     blocks, notes = sample_blocks(["a"], samples, scores, responses)
     found = [entry["answers"][0][0] for entry in read_blocks(blocks)["data"]["samples"]]
-    assert [len(answer["response"]) for answer in found[::2]] == [8_000] * 5
+    assert [len(answer["response"]) for answer in found[::2]] == [8_005] * 5
+    assert (
+        found[0]["response"].startswith("zzz")
+        and found[0]["response"][-60:] == responses["a"]["mathvista"][0]["response"][-60:]
+    )
     assert found[0]["length"] > 30_000 and "length" not in found[1]
-    assert "5 of 10 responses are shortened to 8,000 characters" in notes[0]
+    assert "5 of 10 responses are shortened in this page to their beginning and end, 8,000 characters" in notes[0]
 
 
 def test_without_the_benchmarks_data_the_verdicts_are_listed_all_the_same(made: dict[str, Any]) -> None:
@@ -155,6 +175,17 @@ def test_the_tables_fit_eighty_columns_and_say_the_numbers(made: dict[str, Any],
     won = sum(a["correct"] and not b["correct"] for a, b in zip(rows, base, strict=True))
     lost = sum(b["correct"] and not a["correct"] for a, b in zip(rows, base, strict=True))
     assert any(line.startswith("dft − base") and f" {won}, {lost} " in line for line in lines)
+
+
+def test_one_benchmark_alone_is_told_by_group_in_the_terminal(tmp_path: Path) -> None:
+    scores, _ = make_rows(make_samples([], {"mathvista": 30}), {"dft": 0.5}, ["so"])
+    console = Console(width=80, record=True, file=(tmp_path / "out").open("w"))
+    for table in evaluation_tables(make_report(scores, tmp_path / "runs")):
+        console.print(table)
+    algebra = [row["correct"] for row in scores["dft"]["mathvista"] if row["groups"]["subject"] == "algebra"]
+    lines = [" ".join(line.split()) for line in console.export_text().splitlines()]
+    assert any(line.startswith(f"algebra 10 {10 * sum(algebra):.1f} ± ") for line in lines)
+    assert "run − against" not in " ".join(lines)
 
 
 @needs_chromium
@@ -185,6 +216,23 @@ def test_filters_show_the_samples_that_they_name(made: dict[str, Any], page: Pat
 
 
 @needs_chromium
+def test_a_run_without_a_benchmark_has_no_response_to_its_samples_and_is_neither_right_nor_wrong(
+    tmp_path: Path, chromium: Browser
+) -> None:
+    samples = make_samples([], {"mathvista": 6, "mathvision": 4})
+    scores, responses = make_rows(samples, {"a": 1.0, "b": 0.0}, ["so"])
+    del scores["b"]["mathvision"], responses["b"]["mathvision"]
+    write_evaluation(
+        tmp_path, make_report(scores, tmp_path / "runs"), samples=samples, scores=scores, responses=responses
+    )
+    right = [row["id"] for row in scores["a"]["mathvista"] if row["correct"]]
+    chromium.open(tmp_path / "report.html", anchor="show=0-1")
+    assert ids(chromium) == right
+    chromium.open(tmp_path / "report.html", anchor="split=mathvision%20/%20testmini")
+    assert chromium.run("document.querySelectorAll('.response.none').length") == shown(chromium) == 4
+
+
+@needs_chromium
 def test_nothing_is_fetched_run_or_complained_of(page: Path, chromium: Browser) -> None:
     chromium.requests.clear()
     chromium.errors.clear()
@@ -202,13 +250,14 @@ def test_a_long_response_is_shortened_until_asked_for(page: Path, chromium: Brow
     chromium.open(page)
     box = "document.querySelectorAll('#list article')[3].querySelector('pre')"
     button = "document.querySelectorAll('#list article')[3].querySelector('.more')"
-    assert chromium.run(f"{box}.textContent.length") == 1202
+    short = chromium.run(f"{box}.textContent")
+    assert short.startswith("y" * 700 + "\n\n⋯ 198,7") and short.endswith(".") and "The answer is" in short
     took = chromium.run(
         f"(() => {{const t = performance.now(); {button}.click(); {box}.scrollHeight; return performance.now() - t}})()"
     )
     assert chromium.run(f"{box}.textContent.length") > 199_900 and took < 2_000
     chromium.run(f"{button}.click()")
-    assert chromium.run(f"{box}.textContent.length") == 1202
+    assert chromium.run(f"{box}.textContent") == short
 
 
 @needs_chromium

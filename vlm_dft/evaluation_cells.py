@@ -19,6 +19,15 @@ def splits_of(report: Report) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
             yield benchmark, split, found
 
 
+def groups_of(found: Mapping[str, Any]) -> list[str]:
+    """The groups that tell samples apart: of two values at least."""
+    values: dict[str, set[str]] = {}
+    for measured in found["runs"].values():
+        for name, of_group in measured["groups"].items():
+            values.setdefault(name, set()).update(of_group)
+    return [name for name, some in values.items() if len(some) > 1]
+
+
 def group_rows(found: Mapping[str, Any], group: str, title: str) -> list[dict[str, Any]]:
     """A row for the whole and for every value of a group: {"split": title, "group", "value", "count", "cells": {run: measured}}.
 

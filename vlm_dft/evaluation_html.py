@@ -9,7 +9,18 @@ from typing import Any
 
 from vlm_dft.chat import Sample
 from vlm_dft.comparing import conclusion
-from vlm_dft.evaluation_cells import Report, Rows, decided, extra_rows, group_rows, listed, number, said_p, splits_of
+from vlm_dft.evaluation_cells import (
+    Report,
+    Rows,
+    decided,
+    extra_rows,
+    group_rows,
+    groups_of,
+    listed,
+    number,
+    said_p,
+    splits_of,
+)
 from vlm_dft.evaluation_samples import sample_blocks
 from vlm_dft.evaluation_script import SCRIPT, STYLE
 from vlm_dft.report_charts import bars, interval_figure, legend_entry, run_colour
@@ -98,8 +109,7 @@ def _scores(report: Report, runs: list[str]) -> str:
     for benchmark, split, found in splits_of(report):
         parts.append(f"<h3>{escape(benchmark)} <span class=soft>{escape(split)}</span></h3>{_measures(found, runs)}")
         parts.append(_extra(found, runs))
-        groups = dict.fromkeys(name for measured in found["runs"].values() for name in measured["groups"])
-        parts += [_group(found, group, f"{benchmark} {split}, by {group}", runs, alone) for group in groups]
+        parts += [_group(found, group, f"{benchmark} {split}, by {group}", runs, alone) for group in groups_of(found)]
     legend = "".join(legend_entry(runs, run) for run in runs)
     return (
         f"<section><h2>Scores</h2><div class=legend>{legend}</div>{''.join(parts)}"
@@ -125,7 +135,8 @@ def _overview(report: Report, runs: list[str]) -> str:
         if set(found["runs"]) == set(runs)
     ]
     figure = bars(drawn, "official accuracy", {run: run_colour(runs, run) for run in runs}) if drawn else ""
-    return f"<div class=figures>{figure}</div>" + _scrolled(f"<th>benchmark</th><th>n</th>{head}", body, "overview")
+    table = _scrolled(f"<th>benchmark</th><th>n</th>{head}", body, "overview")
+    return f"<div class=pair><div class=figures>{figure}</div>{table}</div>"
 
 
 def _cell(measured: Mapping[str, Any] | None) -> str:
@@ -201,10 +212,8 @@ def _group(found: Mapping[str, Any], group: str, title: str, runs: list[str], al
     drawn = [row for row in rows if set(row["cells"]) == set(here)]
     figure = bars(drawn, title, {run: run_colour(runs, run) for run in here}) if len(drawn) <= MOST_BARS + 1 else ""
     opened, table = " open" if alone and figure else "", _scrolled(f"<th>{escape(group)}</th><th>n</th>{head}", body)
-    return (
-        f"<details{opened}><summary>by {escape(group)}: {len(rows) - 1} values</summary><div class=figures>{figure}</div>"
-        f"{table}</details>"
-    )
+    body = f"<div class=pair><div class=figures>{figure}</div>{table}</div>" if figure else table
+    return f"<details{opened}><summary>by {escape(group)}: {len(rows) - 1} values</summary>{body}</details>"
 
 
 def _comparison(report: Report) -> str:
@@ -217,7 +226,7 @@ def _comparison(report: Report) -> str:
         said = "".join(f"<li>{escape(conclusion(row))}</li>" for row in whole if row["rule"] == "official")
         title = f"<h3>{escape(benchmark)} <span class=soft>{escape(split)}</span></h3>"
         parts.append(f"{title}<ul class=said>{said}</ul>{_comparison_table(whole)}")
-        for group in dict.fromkeys(row["group"] for row in rows if row.get("group") is not None):
+        for group in groups_of(found):
             some = [row for row in rows if row.get("group") == group]
             parts.append(f"<details><summary>by {escape(group)}</summary>{_comparison_table(some)}</details>")
     if not parts:

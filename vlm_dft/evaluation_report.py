@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_dft.chat import Sample
-from vlm_dft.evaluation_cells import Report, Rows, extra_rows, group_rows, number, said_p, splits_of
+from vlm_dft.evaluation_cells import Report, Rows, extra_rows, group_rows, groups_of, number, said_p, splits_of
 from vlm_dft.evaluation_html import render_evaluation
 from vlm_dft.reporting import percent
 from vlm_dft.runs import write_json, write_text
@@ -38,9 +38,15 @@ def write_evaluation(
 
 
 def evaluation_tables(report: Report) -> list[Any]:
-    """Rich tables of at most 80 columns: scores, further metrics, groups, and the comparisons where there are any."""
-    tables = [_scores(report), _extra(report), *_groups(report), _comparisons(report)]
-    return [table for table in tables if table is not None and table.row_count]
+    """Rich tables of at most 80 columns, a blank line after each: scores, further metrics, groups, and comparisons where there are any.
+
+    Groups are shown where there is one benchmark; of several they fill pages, and are in report.html.
+    """
+    from rich.padding import Padding
+
+    groups = _groups(report) if len(report["benchmarks"]) == 1 else ()
+    tables = [_scores(report), _extra(report), *groups, _comparisons(report)]
+    return [Padding(table, (0, 0, 1, 0), expand=False) for table in tables if table.row_count]
 
 
 def _finite(value: Any) -> Any:
@@ -52,13 +58,13 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _table(first: str, *titles: str, caption: str | None = None) -> Any:
+def _table(first: str, *titles: str, caption: str | None = None, first_width: int = FIRST) -> Any:
     """A narrow table: the first column left and folded where it must be, the others right."""
     from rich import box
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), caption=caption, caption_justify="left")
-    table.add_column(first, overflow="fold", max_width=FIRST)
+    table.add_column(first, overflow="fold", max_width=first_width)
     for title in titles:
         table.add_column(title, justify="right", no_wrap=True)
     return table
@@ -74,7 +80,8 @@ def _text(value: Any, *, bold: bool = False, indent: int = 0) -> Any:
 def _scores(report: Report) -> Any:
     table = _table(
         "benchmark, run", "n", "official", "95 %", "robust", "abst.", "cut",
-        caption="accuracy in % ± standard error; abst.: no answer found (official rule); cut: at the token limit",
+        caption="accuracy in % ± standard error; abst.: no answer found (official rule); cut: at the token limit"
+        + ("" if len(report["benchmarks"]) == 1 else ". By group: in report.html"),
     )  # fmt: skip
     for benchmark, split, found in splits_of(report):
         table.add_row(_text(f"{benchmark}, {split}", bold=True))
@@ -106,9 +113,9 @@ def _groups(report: Report) -> Iterator[Any]:
     long = False
     for k in range(0, len(names), WIDEST_GROUPS):
         runs = names[k : k + WIDEST_GROUPS]
-        table = _table("official, by group", "n", *runs)
+        table = _table("official, by group", "n", *runs, first_width=31)
         for benchmark, split, found in splits_of(report):
-            for group in dict.fromkeys(name for m in found["runs"].values() for name in m["groups"]):
+            for group in groups_of(found):
                 rows = group_rows(found, group, split)[1:]
                 long = long or len(rows) > MOST_VALUES
                 if len(rows) > MOST_VALUES or not any(run in found["runs"] for run in runs):

@@ -27,7 +27,7 @@ LONGEST_TEXT = 200_000  # characters of a shown response; the whole is in predic
 SHORTENED = (LONGEST_TEXT, 50_000, 20_000, 8_000, 4_000, 2_000, 1_000, 500)  # tried in turn until all fit
 TEXT_BUDGET = 40_000_000  # characters of all responses
 PICTURE_BUDGET = 40_000_000  # bytes of all pictures, before base64 makes four of three
-SIDES = ((1_000, 640), (2_500, 512), (10_000, 400))  # (up to so many pictures, pixels of the longest side)
+SIDES = ((1_000, 640), (3_000, 512), (10_000, 448))  # (up to so many pictures, pixels of the longest side)
 SMALLEST_SIDE = 320
 QUALITY = 60  # WebP's; 5 to 12 kB for a diagram of 512 pixels
 BLOCK = 64  # pictures of one JSON block, parsed when one of them is first shown
@@ -136,12 +136,14 @@ def _fit_texts(entries: Sequence[Mapping[str, Any]]) -> list[str]:
     limit = next((n for n in SHORTENED if sum(min(n, length) for length in lengths) <= TEXT_BUDGET), SHORTENED[-1])
     for answer, length in zip(answers, lengths, strict=True):
         if length > limit:
-            answer["response"], answer["length"] = answer["response"][:limit], length
+            whole, answer["length"] = answer["response"], length
+            answer["response"] = whole[: limit // 2] + "\n\n⋯\n\n" + whole[-(limit // 2) :]  # answers stand at the end
     cut = sum(length > limit for length in lengths)
     if not cut:
         return []
     return [
-        f"{cut:,} of {len(answers):,} responses are shortened to {limit:,} characters in this page; predictions.jsonl has them whole."
+        f"{cut:,} of {len(answers):,} responses are shortened in this page to their beginning and end, {limit:,} characters together; "
+        "predictions.jsonl has them whole."
     ]
 
 

@@ -31,7 +31,8 @@ kbd{font:11.5px ui-monospace,monospace;border:1px solid var(--line);border-radiu
 #list article{display:block;padding:16px 18px;margin-bottom:14px;scroll-margin-top:12px}
 #list article[aria-current=true]{border-color:var(--c1);box-shadow:0 0 0 1px var(--c1)}
 .asked .question{font-weight:500}
-.asked{display:flex;gap:20px;margin-top:10px}.asked .pictures{flex:0 1 42%;display:flex;flex-wrap:wrap;gap:8px;align-content:flex-start}
+.asked{display:flex;gap:20px;margin-top:10px}.asked .pictures{flex:0 1 auto;max-width:46%;
+display:flex;flex-wrap:wrap;gap:8px;align-content:flex-start}
 .asked .pictures img{width:auto;max-width:100%;height:auto;max-height:420px;object-fit:contain}
 .gone{border:1px dashed var(--line);border-radius:6px;padding:14px;font-size:12.5px;color:var(--soft)}
 .choices{list-style:none;margin:8px 0;padding:0}.choices li{padding:1px 0;overflow-wrap:anywhere}.choices li.gold{color:var(--good);font-weight:600}
@@ -43,8 +44,11 @@ kbd{font:11.5px ui-monospace,monospace;border:1px solid var(--line);border-radiu
 .response.none{border-color:var(--line);color:var(--soft)}
 .verdicts{display:grid;grid-template-columns:auto auto 1fr;gap:1px 10px;font-size:13px;margin-top:6px}.verdicts>*{min-width:0;overflow-wrap:anywhere}
 .verdicts .rule{color:var(--soft)}.ok{color:var(--good);font-weight:600}.no{color:var(--bad);font-weight:600}.more{font-size:12.5px;padding:2px 10px}
-mark{background:var(--middle);color:inherit;border-radius:3px;padding:0 4px}
-@media(max-width:620px){main{padding:20px 10px 48px}section{padding:16px 12px}.asked{flex-direction:column;gap:12px}.asked .pictures{flex:none}
+.pair{display:flex;flex-wrap:wrap;gap:8px 20px;align-items:flex-start}.pair>.figures{flex:1 1 390px;max-width:430px;min-width:0}
+.pair>.scroll{flex:1 1 550px;margin-top:0;min-width:0}.pair td,.pair th{padding:4px 6px}
+mark{font-size:12.5px;background:var(--middle);color:inherit;border-radius:3px;padding:0 4px}
+@media(max-width:620px){main{padding:20px 10px 48px}section{padding:16px 12px}
+.asked{flex-direction:column;gap:12px}.asked .pictures{flex:none;max-width:100%}
 #list article{padding:12px}.keys{display:none}th,td{padding:4px 8px}tr.part th{padding-left:14px}}
 @media print{.tools,.chips,.pager,.keys{display:none}}
 """
@@ -52,7 +56,7 @@ mark{background:var(--middle);color:inherit;border-radius:3px;padding:0 4px}
 SCRIPT = r"""
 "use strict";
 const data = JSON.parse(document.getElementById("data").textContent);
-const {runs, samples} = data, SIZE = 10, SHOWN = 1200;
+const {runs, samples} = data, SIZE = 10, HEAD = 700, TAIL = 500;
 const $ = id => document.getElementById(id);
 const make = (tag, attributes, ...children) => {
   const found = document.createElement(tag);
@@ -101,7 +105,8 @@ const write = () => {
   const words = new URLSearchParams();
   for (const [key, value] of Object.entries(state)) if (value !== START[key]) words.set(key, key === "at" ? value + 1 : value);
   const text = words.toString();
-  if (text !== location.hash.slice(1)) history.replaceState(null, "", "#" + text);
+  if (text === location.hash.slice(1)) return;
+  try { history.replaceState(null, "", "#" + text); } catch { /* Safari allows so many a second; the list does not need it */ }
 };
 
 const where = s => s.benchmark + " / " + s.split;
@@ -126,11 +131,12 @@ const pre = draw => {
   const text = draw.response, box = make("pre", {tabindex: 0, "aria-label": "response"}), parts = [box];
   if (text === null) box.textContent = "(the response was not given to the report)";
   else if (!text) box.textContent = "(empty)";
-  else if (text.length <= SHOWN * 1.2) box.textContent = text;
+  else if (text.length <= 1.2 * (HEAD + TAIL)) box.textContent = text;
   else {
     const button = make("button", {class: "more", "aria-expanded": "false"});
     const set = open => {
-      box.textContent = open ? text : text.slice(0, SHOWN) + " …";
+      const between = `\n\n⋯ ${number(text.length - HEAD - TAIL)} characters ⋯\n\n`;  // answers stand at the end
+      box.textContent = open ? text : text.slice(0, HEAD) + between + text.slice(-TAIL);
       box.classList.toggle("all", open);
       button.textContent = open ? "show less" : `show all ${number(text.length)} characters`;
       button.setAttribute("aria-expanded", open);
@@ -139,7 +145,7 @@ const pre = draw => {
     button.addEventListener("click", () => set(button.getAttribute("aria-expanded") !== "true"));
     parts.push(button);
   }
-  if (draw.length) parts.push(make("small", {}, ` shortened: the first ${number(text.length)} of ${number(draw.length)} characters`));
+  if (draw.length) parts.push(make("small", {}, ` shortened from ${number(draw.length)} characters`));
   return parts;
 };
 const because = (score, gold) => score[1] === null ? (score[0] ? "no answer found; the rule chose one" : "no answer found")

@@ -11,7 +11,7 @@ from typing import Any
 from vlm_dft.reporting import BASE
 
 Rows = Sequence[Mapping[str, Any]]
-LABEL, WIDTH, BAR, GAP = 112, 470, 11, 12  # pixels: label column, whole chart, a bar, the space between groups
+LABEL, WIDTH, BAR, GAP = 124, 482, 11, 12  # pixels: label column, whole chart, a bar, the space between groups
 
 
 def legend_entry(runs: Sequence[str], run: str) -> str:
