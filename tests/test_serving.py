@@ -55,7 +55,11 @@ def fake() -> Iterator[Fake]:
 
         def send(self, status: int, body: bytes, **headers: str) -> None:
             self.send_response(status)
-            for name, value in {"Content-Type": "application/json", "Content-Length": str(len(body)), **headers}.items():
+            for name, value in {
+                "Content-Type": "application/json",
+                "Content-Length": str(len(body)),
+                **headers,
+            }.items():
                 self.send_header(name.replace("_", "-"), value)
             self.end_headers()
             self.wfile.write(body)
@@ -135,7 +139,10 @@ def test_pictures_are_resized_as_in_training(processor: Any) -> None:
     from vlm_dft.models import load_processor
 
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (277, 421, 3), np.uint8))
-    row = {"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}], "images": [noise]}
+    row = {
+        "messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}],
+        "images": [noise],
+    }
     trained = ChatCollator(load_processor("tiny", max_pixels=50_176)).prompts([row])
     uri = data_uri(noise, resizer(Asking(max_pixels=50_176), "served-name"), where="x")
     sent = Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))

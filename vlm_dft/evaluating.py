@@ -140,9 +140,12 @@ def load_for_answers(name: str) -> Any:
     import torch
 
     from vlm_dft.models import device_kind, load_model
+    from vlm_dft.vision_attention import use_window_attention
 
     gpu = device_kind() == "cuda"
-    return load_model(name, dtype=torch.bfloat16 if gpu else torch.float32, merge=False).to(device_kind())
+    model = load_model(name, dtype=torch.bfloat16 if gpu else torch.float32, merge=False)
+    use_window_attention(model)  # a vision tower that it does not fit stays as it is
+    return model.to(device_kind())
 
 
 def _answerer(prepared: Prepared, share: Share, echo: Echo) -> Callable[[str, list[Sample], Path], int]:
