@@ -82,8 +82,9 @@ def test_the_baseline_comes_first_and_every_two_runs_are_compared(tmp_path: Path
     for name in ("dft", "nll", "base"):
         write(tmp_path / name / "quiz", "10" * 5)
     words = [tmp_path / name for name in ("dft", "nll", "base")]
-    assert list(whole(compare(*words))) == [("dft", "base"), ("nll", "base"), ("nll", "dft")]
-    assert list(whole(compare(*words, baseline="nll"))) == [("dft", "nll"), ("base", "nll"), ("base", "dft")]
+    assert list(whole(compare(*words))) == [("nll", "base"), ("dft", "base"), ("dft", "nll")]
+    assert list(whole(compare(*words, baseline="nll"))) == [("base", "nll"), ("dft", "nll"), ("dft", "base")]
+    assert list(whole(compare(*words[:2]))) == [("nll", "dft")]  # without a base: as they were named
     with pytest.raises(
         UserError, match=r"--baseline 'nl' is none of the runs. Did you mean 'nll'\? Runs: dft, nll, base"
     ):
@@ -134,7 +135,7 @@ def test_training_runs_that_differ_in_their_seed_alone_are_seeds(tmp_path: Path)
     runs = [training(tmp_path / f"run{k}", k, ["dft", "nll"], ["0011", f"111{k}", f"01{k}1"]) for k in range(2)]
     report = compare(*runs)
     assert {label: about["seeds"] for label, about in report["runs"].items()} == {"base": 1, "dft": 2, "nll": 2}
-    assert "2 folders of base hold 1 different results; the same one counts once" in report["warnings"][0]
+    assert "of 2 folders of base some hold the same answers, which count once: 1 of them" in report["warnings"][0]
     other = training(tmp_path / "other", 0, ["dft", "nll"], ["0011", "1111", "0111"], rate=1e-4)
     assert list(read_runs([str(runs[0]), str(other)])) == [
         "run0/base", "run0/dft", "run0/nll", "other/base", "other/dft", "other/nll"
@@ -306,7 +307,13 @@ def row(**given: Any) -> dict[str, Any]:
 
 def test_a_conclusion_says_in_words_what_is_known() -> None:
     start = "DFT − SFT: +1.9 points, 95 % interval [−0.4, 4.2], p = 0.11"
-    assert conclusion(row()) == f"{start}: not settled; about 2,300 samples would be needed (here: 1,000)"
+    assert (
+        conclusion(row())
+        == f"{start}: not settled; about 2,300 samples would be needed to settle a difference of this size (here: 1,000)"
+    )
+    assert (
+        conclusion(row(samples_needed=900)) == f"{start}: not settled; there are too few seeds or problems to test it"
+    )
     assert conclusion(row(samples_needed=None)).startswith(f"{start}: not settled, and more samples alone would not do")
     assert conclusion(row(p_value=0.003)).endswith("p = 0.003: settled, DFT is better than SFT")
     assert conclusion(row(p_value=1e-9, difference=-0.02)).endswith("p < 0.0001: settled, SFT is better than DFT")
@@ -324,7 +331,7 @@ def test_another_rules_other_verdict_and_sure_groups_are_said() -> None:
     report = {"benchmarks": {"quiz": {"test": {"comparisons": rows}}}}
     assert list(also_said(report, first)) == [
         "not so by the robust rule: +1.9 points, 95 % interval [−0.4, 4.2], p = 0.40: not settled; about 2,300 samples would be needed "
-        "(here: 1,000)",
+        "to settle a difference of this size (here: 1,000)",
         "in 1 of 2 groups, corrected for their number: level 1 (+20.0)",
     ]
 

@@ -8,7 +8,9 @@ from typing import Literal, NamedTuple
 
 from vlm_dft.number_reading import asked_numbers, stated_number
 from vlm_dft.option_reading import (
+    DENIED,
     bare_letters,
+    judged_option,
     leading_letter,
     leading_option,
     letters_named,
@@ -104,10 +106,13 @@ def _choice_unannounced(text: str, asking: Asking) -> Extracted:
     choices, letters = asking.choices, option_letters(asking.choices)
     if choices and (same := same_option(text, choices)):
         return Extracted(same, "option's text")
+    if letter := judged_option(text, letters):
+        return Extracted(letter, "called right")
     if letter := leading_letter(text, letters) or (leading_option(text, choices) if choices else None):
         return Extracted(letter, "leading option")
     for part in conclusions(text, asking.question)[:3]:
-        if found := named_option(part, choices):
+        found = named_option(part, choices)
+        if found and not (DENIED.search(part) and leading_letter(part, letters)):
             return Extracted(found, "concluding sentence")
         if ABSTAINS.search(part):
             return Extracted(None, "abstains")

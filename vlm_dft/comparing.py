@@ -23,6 +23,7 @@ Row = Mapping[str, Any]
 Rows = list[dict[str, Any]]
 Matrix = NDArray[np.float64]
 RULES = ("official", "robust")
+FIRST = (BASE, "nll", "sft")  # where there is a base: the table reads base, SFT, DFT, and a difference DFT - SFT
 DECIDING = ("protocol", "decoding", "max_new_tokens")  # of two runs that are compared the same
 TELLING = ("engine", "dtype", "prompts", "pixels", "pictures")  # said where they differ
 WHOLE = {"group": None, "value": None}
@@ -74,8 +75,11 @@ def _order(found: list[str], baseline: str | None) -> list[str]:
         raise UserError(
             f"--baseline {baseline!r} is none of the runs.{nearest(baseline, found)} Runs: {', '.join(found)}."
         )
-    first = baseline or (BASE if BASE in found else found[0])
-    return [first, *(label for label in found if label != first)]
+    order = found
+    if BASE in found:
+        order = sorted(found, key=lambda label: FIRST.index(label.lower()) if label.lower() in FIRST else len(FIRST))
+    first = baseline or order[0]
+    return [first, *(label for label in order if label != first)]
 
 
 def _seeds_of(label: str, benchmark: str, runs: Sequence[Run], warnings: list[str]) -> list[Rows]:
@@ -87,7 +91,7 @@ def _seeds_of(label: str, benchmark: str, runs: Sequence[Run], warnings: list[st
         found.setdefault(repr(same), rows)
     if len(found) < len(runs):
         warnings.append(
-            f"{benchmark}: {len(runs)} folders of {label} hold {len(found)} different results; the same one counts once."
+            f"{benchmark}: of {len(runs)} folders of {label} some hold the same answers, which count once: {len(found)} of them."
         )
     return list(found.values())
 

@@ -23,7 +23,12 @@ def conclusion(row: Row) -> str:
         return f"{start}: no difference seen; one of {_points(row['detectable'], sign=False)} points could be with these samples"
     if row["samples_needed"] is None:
         return f"{start}: not settled, and more samples alone would not do: the seeds differ too much. More seeds are needed"
-    return f"{start}: not settled; about {_rounded(row['samples_needed'])} samples would be needed (here: {row['count']:,})"
+    if row["samples_needed"] <= row["count"]:
+        return f"{start}: not settled; there are too few seeds or problems to test it"
+    return (
+        f"{start}: not settled; about {_rounded(row['samples_needed'])} samples would be needed to settle a difference of this size "
+        f"(here: {row['count']:,})"
+    )
 
 
 def also_said(report: Mapping[str, Any], row: Row) -> Iterator[str]:

@@ -20,7 +20,7 @@ import re
 from collections.abc import Sequence
 from fractions import Fraction
 
-from vlm_dft.expressions import LONGEST, read_expression
+from vlm_dft.expressions import LONGEST, Value, read_expression
 from vlm_dft.latex_text import latex_text
 from vlm_dft.quantities import Quantity, in_unit, known_unit, read_quantity, unit_name
 from vlm_dft.symbolic import symbolic_equal
@@ -42,7 +42,9 @@ _MEMBER = re.compile(r"[a-zA-Z]\s*\\in(?![a-zA-Z])\s*")
 _JOINT = re.compile(r"\s*,?\s+(?:and|or)\s+", re.IGNORECASE)
 _UNIT_BEHIND = re.compile(r"(.*(?:[\d)}]|\\pi(?= )))\s*\b([a-zA-Z]+(?:\s*\^\s*\{?[23]\}?)?)", re.DOTALL)
 _WORDS_BEHIND = re.compile(r"(.*(?:[\d)}]|\\pi))((?:\s+[a-zA-Z]{2,})+(?:\s*\^\s*\{?[23]\}?)?)", re.DOTALL)
-_POINTS = tuple({i: ((i * 0.7548776662466927 + k * 0.5698402909980532) % 1) * 2.2 + 0.35 for i in range(12)} for k in range(1, 4))
+_POINTS = tuple(
+    {i: ((i * 0.7548776662466927 + k * 0.5698402909980532) % 1) * 2.2 + 0.35 for i in range(12)} for k in range(1, 4)
+)
 """Three points to compare expressions of up to 12 letters at; their coordinates follow an irrational rotation."""
 
 
@@ -56,7 +58,10 @@ def equivalent(answer: str, gold: str, *, unit: str | None = None, precision: fl
     read, wanted = latex_text(answer), latex_text(gold)
     if not read or not wanted:
         return False
-    return _same(_as_set(read), _as_set(wanted), unit, None if precision is None else int(precision), 0)
+    try:
+        return _same(_as_set(read), _as_set(wanted), unit, None if precision is None else int(precision), 0)
+    except OverflowError:  # an exact number too large for floating-point, beside one that is not exact
+        return False
 
 
 def is_mathematics(text: str) -> bool:
@@ -127,7 +132,13 @@ def same_quantity(answer: Quantity, gold: Quantity, unit: str | None = None, pre
 
 
 def _near(
-    value: Fraction, places: int | None, digits: int, gold: Fraction, gold_places: int | None, gold_digits: int, precision: int | None
+    value: Fraction,
+    places: int | None,
+    digits: int,
+    gold: Fraction,
+    gold_places: int | None,
+    gold_digits: int,
+    precision: int | None,
 ) -> bool:
     """The module's rule of closeness. places: decimals given, None for what is exact."""
     if value == gold:
@@ -164,7 +175,11 @@ def _same_equation(answer: str, gold: str, unit: str | None, precision: int | No
 
 def _is_name(text: str) -> bool:
     """x, \\theta, V_{max}, f(x), \\angle ABC, "the area": what an answer is said to be, and no expression."""
-    return re.fullmatch(r"\\?[a-zA-Z][\w\\ {}']*(?:\([a-zA-Z]\))?", text) is not None and "frac" not in text and "sqrt" not in text
+    return (
+        re.fullmatch(r"\\?[a-zA-Z][\w\\ {}']*(?:\([a-zA-Z]\))?", text) is not None
+        and "frac" not in text
+        and "sqrt" not in text
+    )
 
 
 def _bare(name: str) -> str:
@@ -186,7 +201,7 @@ def _same_curve(answer: Sequence[str], gold: Sequence[str]) -> bool:
         if a is None or b is None or c is None or d is None or a == b or c == d:
             return False
         ratios.append((a - b) / (c - d))
-    return all(abs(ratio - ratios[0]) <= CLOSE * abs(ratios[0]) for ratio in ratios)
+    return all(abs(complex(ratio - ratios[0])) <= CLOSE * abs(complex(ratios[0])) for ratio in ratios)
 
 
 def _parts(text: str) -> tuple[str, list[str]] | None:
@@ -238,9 +253,17 @@ def _same_parts(
         if len(one[1]) != 1:
             return False
         single = one[1][0]
-        return _same(single, gold_text, unit, precision, depth + 1) if gold is None else _same(answer_text, single, unit, precision, depth + 1)
+        return (
+            _same(single, gold_text, unit, precision, depth + 1)
+            if gold is None
+            else _same(answer_text, single, unit, precision, depth + 1)
+        )
     (brackets, found), (wanted_brackets, wanted) = answer, gold
-    if len(found) != len(wanted) or len(wanted) > MOST_PARTS or (brackets and wanted_brackets and brackets != wanted_brackets):
+    if (
+        len(found) != len(wanted)
+        or len(wanted) > MOST_PARTS
+        or (brackets and wanted_brackets and brackets != wanted_brackets)
+    ):
         return False
     if {brackets, wanted_brackets} <= {"", "{}", "union"}:
         return _same_set(found, wanted, unit, precision, depth)
@@ -274,17 +297,20 @@ def _same_expression(answer: str, gold: str, precision: int | None) -> bool:
     for point in _POINTS:
         at = dict(zip(letters, point.values(), strict=False))
         a, g = found.at(at), wanted.at(at)
-        if (a is None) != (g is None) or (a is not None and g is not None and abs(a - g) > CLOSE * max(1.0, abs(g))):
+        if a is None and g is None:
+            continue
+        if a is None or g is None or abs(complex(a - g)) > CLOSE * max(1.0, abs(complex(g))):
             return False
-        met += a is not None
+        met += 1
     return met > 0
 
 
-def _near_values(a: complex, answer: str, g: complex, gold: str, precision: int | None) -> bool:
+def _near_values(a: Value, answer: str, g: Value, gold: str, precision: int | None) -> bool:
     """Two values, of which one may be a decimal that is the other rounded."""
-    if abs(a - g) <= CLOSE * max(abs(a), abs(g)):
+    exact = isinstance(a, Fraction) and isinstance(g, Fraction)
+    if a == g or (not exact and abs(complex(a - g)) <= CLOSE * max(abs(complex(a)), abs(complex(g)))):
         return True
-    if abs(a.imag) > CLOSE * abs(a) or abs(g.imag) > CLOSE * abs(g):
+    if any(not isinstance(one, Fraction) and abs(one.imag) > CLOSE * abs(one) for one in (a, g)):
         return False
     one, other = read_quantity(answer), read_quantity(gold)
     value, places, digits = (one.value, one.places, one.digits) if one else (Fraction(a.real), None, 0)

@@ -1,7 +1,7 @@
 r"""Expressions: a short mathematical text, LaTeX or plain, in; its value at given values of its letters out. Bounded, no sympy.
 
 It reads + - * / ^, implied products, mixed numbers, \frac, \sqrt[n], |x|, powers, functions, \pi and letters with subscripts. What
-it cannot read it refuses (None); it never guesses. Work is linear in the text: floating-point numbers do not grow, and 9^9^9^9
+it cannot read it refuses (None); it never guesses. Rational numbers stay exact up to so many bits, all else is floating-point: 9^9^9^9
 overflows at once.
 """
 
@@ -12,12 +12,14 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 
 LONGEST = 300  # characters; answers are shorter, and what is longer is compared as text
 DEEPEST = 40  # brackets and powers within each other
 LARGEST_FACTORIAL = 100
+MOST_BITS = 8192  # of an exact number's numerator or denominator
 
-Value = complex
+Value = Fraction | complex
 Node = Callable[[Mapping[str, float]], Value]
 
 _TOKEN = re.compile(r"\d+(?:\.\d+)?|\.\d+|\\[a-zA-Z]+|\\[{}|]|[a-zA-Z]+|[-+*/^_(){}\[\]|!]")
@@ -38,7 +40,7 @@ def _log10(value: Value) -> Value:
 _FUNCTIONS: dict[str, Callable[[Value], Value]] = {
     "sin": cmath.sin, "cos": cmath.cos, "tan": cmath.tan, "sec": lambda x: 1 / cmath.cos(x), "csc": lambda x: 1 / cmath.sin(x),
     "cot": lambda x: 1 / cmath.tan(x), "arcsin": cmath.asin, "arccos": cmath.acos, "arctan": cmath.atan, "sinh": cmath.sinh,
-    "cosh": cmath.cosh, "tanh": cmath.tanh, "exp": cmath.exp, "ln": cmath.log, "log": _log10, "sqrt": cmath.sqrt, "abs": abs,
+    "cosh": cmath.cosh, "tanh": cmath.tanh, "exp": cmath.exp, "ln": cmath.log, "log": _log10, "sqrt": cmath.sqrt, "abs": lambda x: _magnitude(x),
 }  # fmt: skip
 """log is to base ten: both sides are read alike, so only a log beside a ln is affected."""
 
@@ -53,10 +55,10 @@ class Expression:
     def at(self, values: Mapping[str, float]) -> Value | None:
         """Its value, or None where it has none (division by zero, overflow)."""
         try:
-            value = complex(self.node(values))
+            value = self.node(values)
         except (ArithmeticError, ValueError, TypeError):
             return None
-        return value if cmath.isfinite(value) else None
+        return value if isinstance(value, Fraction) or cmath.isfinite(value) else None
 
 
 class _NotReadError(Exception):
@@ -116,7 +118,14 @@ class _Reader:
         parts.append((sign, self.product(depth)))
         while (operator := self.take("+", "-")) is not None:
             parts.append((1 if operator == "+" else -1, self.product(depth)))
-        return lambda at: sum((sign * node(at) for sign, node in parts), 0j)
+
+        def value(at: Mapping[str, float]) -> Value:
+            total: Value = Fraction(0)
+            for sign, node in parts:
+                total = _bounded(total + node(at) if sign == 1 else total - node(at))
+            return total
+
+        return parts[0][1] if len(parts) == 1 and parts[0][0] == 1 else value
 
     def product(self, depth: int) -> Node:
         factors: list[tuple[bool, Node]] = [(False, self.power(depth))]
@@ -131,9 +140,9 @@ class _Reader:
                 break
 
         def value(at: Mapping[str, float]) -> Value:
-            total: Value = 1 + 0j
+            total: Value = Fraction(1)
             for over, node in factors:
-                total = total / node(at) if over else total * node(at)
+                total = _bounded(total / node(at) if over else total * node(at))
             return total
 
         return factors[0][1] if len(factors) == 1 else value
@@ -173,10 +182,10 @@ class _Reader:
             inside = self.sum(depth + 1)
             self.need(token)
             self.bars -= 1
-            return lambda at: abs(inside(at))
+            return lambda at: _magnitude(inside(at))
         if token == r"\frac":
             above, below = self.argument(depth), self.argument(depth)
-            return lambda at: above(at) / below(at)
+            return lambda at: _bounded(above(at) / below(at))
         if token.lstrip("\\") == "sqrt":
             return self.root(depth)
         if token.lstrip("\\") in _FUNCTIONS:
@@ -185,13 +194,24 @@ class _Reader:
 
     def number(self, token: str) -> Node:
         """A number; with a fraction of digits right behind it, a mixed number."""
-        value = float(token)
+        value = Fraction(token)
         following = self.tokens[self.place : self.place + 7]
-        if "." not in token and following[:2] == [r"\frac", "{"] and following[3:5] == ["}", "{"] and following[6] == "}":
+        if (
+            "." not in token
+            and following[:2] == [r"\frac", "{"]
+            and following[3:5] == ["}", "{"]
+            and following[6] == "}"
+        ):
             above, below = following[2], following[5]
-            if above is not None and below is not None and above.isdigit() and below.isdigit() and float(above) < float(below):
+            if (
+                above is not None
+                and below is not None
+                and above.isdigit()
+                and below.isdigit()
+                and int(above) < int(below)
+            ):
                 self.place += 7
-                value += float(above) / float(below)
+                value += Fraction(int(above), int(below))
         return lambda _: value
 
     def argument(self, depth: int) -> Node:
@@ -265,6 +285,17 @@ def _letters_apart(tokens: list[str]) -> list[str]:
     return apart
 
 
+def _bounded(value: Value) -> Value:
+    """The value itself; floating-point once it is too long to stay exact."""
+    if isinstance(value, Fraction) and max(value.numerator.bit_length(), value.denominator.bit_length()) > MOST_BITS:
+        return complex(value)
+    return value
+
+
+def _magnitude(value: Value) -> Value:
+    return abs(value) if isinstance(value, Fraction) else complex(abs(value))
+
+
 def _negated(node: Node) -> Node:
     return lambda at: -node(at)
 
@@ -272,21 +303,26 @@ def _negated(node: Node) -> Node:
 def _powered(base: Value, exponent: Value) -> Value:
     if base == 0 and exponent == 0:
         raise ValueError("0^0 has no value")
-    return base**exponent
+    if isinstance(base, Fraction) and isinstance(exponent, Fraction):
+        size = max(base.numerator.bit_length(), base.denominator.bit_length())
+        if exponent.denominator == 1 and abs(exponent.numerator) * size <= MOST_BITS:
+            return base**exponent.numerator
+    return complex(base) ** complex(exponent)
 
 
 def _rooted(value: Value, index: Value) -> Value:
     """The root as real analysis has it: an odd root of a negative number is negative."""
+    power, value = 1 / complex(index), complex(value)
     if index.imag == 0 and index.real % 2 == 1 and value.imag == 0 and value.real < 0:
-        return -((-value) ** (1 / index))
-    return value ** (1 / index)
+        return -complex((-value) ** power)
+    return complex(value**power)
 
 
 def _factorial(node: Node) -> Node:
     def value(at: Mapping[str, float]) -> Value:
-        number = complex(node(at))
-        if number.imag or number.real != int(number.real) or not 0 <= number.real <= LARGEST_FACTORIAL:
+        number = node(at)
+        if not isinstance(number, Fraction) or number.denominator != 1 or not 0 <= number <= LARGEST_FACTORIAL:
             raise ValueError("no factorial of that")
-        return complex(math.factorial(int(number.real)))
+        return Fraction(math.factorial(number.numerator))
 
     return value

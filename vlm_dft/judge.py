@@ -79,7 +79,9 @@ class Judge:
     def summary(self) -> str:
         """Who decided, in one line for a report."""
         said = f"{self.model}: {self.counts['asked']:,} asked, {self.counts['cached']:,} from the cache"
-        return said + (f", {self.counts['failed']:,} without a reply, decided by the rule" if self.counts["failed"] else "")
+        return said + (
+            f", {self.counts['failed']:,} without a reply, decided by the rule" if self.counts["failed"] else ""
+        )
 
     def ask(self, prompt: str, usable: Check = bool) -> str:
         """The reply to a prompt, from the cache if it is there. Raises JudgeSilentError after the last try."""
@@ -187,7 +189,9 @@ def _mathvista(judge: Judge, response: str, record: Mapping[str, Any]) -> Score:
 def _mathverse(judge: Judge, response: str, record: Mapping[str, Any]) -> Score:
     """The judge extracts, and judges what it extracted: 0 or 1."""
     extraction = judge.ask(mathverse_extraction_prompt(response, record))
-    verdict = judge.ask(mathverse_judgement_prompt(extraction, record), lambda reply: reply.strip(" .'\"") in ("0", "1"))
+    verdict = judge.ask(
+        mathverse_judgement_prompt(extraction, record), lambda reply: reply.strip(" .'\"") in ("0", "1")
+    )
     found = None if extraction.strip(" .'\"").lower() == "null" else extraction
     return Score(verdict.strip(" .'\"") == "1", found, "extracted and judged by the judge", judge.model)
 

@@ -12,13 +12,30 @@ from typing import Any
 
 LONGEST = 24_000  # characters of a response that are shown; of a longer one, its beginning and its end
 
-_VALUES = (
-    ("Give the final value as a whole number.", "How many blue squares are drawn?", "I count three in the top row and one below, so there are 4 blue squares.", "4"),
-    ("Give the final value with one decimal place.", "What part of the bar is shaded?", "Of 5 equal parts 3 are shaded, which makes the shaded part 0.6 of the bar.", "0.6"),
-    ("Give the final value with two decimal places.", "How much does a kilogram cost?", "Half a kilogram is $1.18, a whole one therefore costs $2.36.", "2.36"),
-    ("Give the final list.", "Between which years did the curve fall?", "The curve falls from 2003 on and is at its lowest in 2007, hence [2003, 2007].", "[2003, 2007]"),
-    ("Give the letter of the right option.", "Which angle is the largest?\nChoices:\n(A) angle P\n(B) angle Q\n(C) angle R", "Angle Q lies opposite the longest side; it is the largest one. That is option (B).", "B"),
-)  # fmt: skip
+_HINTS = {
+    "integer": "Give the final value as a whole number.",
+    "float 1": "Give the final value with one decimal place.",
+    "float 2": "Give the final value with two decimal places.",
+    "list": "Give the final list.",
+    "choice": "Give the letter of the right option.",
+}
+_VALUES = (  # the form asked for, a question, a reply to it, what is to be extracted
+    ("integer", "How many blue squares are drawn?", "Three in the top row and one below make 4 blue squares.", "4"),
+    ("float 1", "What part of the bar is shaded?", "Of 5 equal parts 3 are shaded, which is 0.6 of the bar.", "0.6"),
+    ("float 2", "How much does a kilogram cost?", "Half a kilogram is $1.18, a whole one thus $2.36.", "2.36"),
+    (
+        "list",
+        "Between which years did the curve fall?",
+        "It falls from 2003 on until 2007, hence [2003, 2007].",
+        "[2003, 2007]",
+    ),
+    (
+        "choice",
+        "Which angle is the largest?\nChoices:\n(A) angle P\n(B) angle Q\n(C) angle R",
+        "Angle Q lies opposite the longest side; it is the largest one. That is option (B).",
+        "B",
+    ),
+)
 _FINDS = (
     ("The perimeter is thus 14 + 10 = 24 cm.", "24 cm"),
     ("Since AB is parallel to CD the two angles are equal, so I choose option C.", "C"),
@@ -38,9 +55,16 @@ _JUDGED = (
 
 def mathvista_prompt(response: str, record: Mapping[str, Any]) -> str:
     """Five worked examples, then this question and response: the judge writes the answer alone."""
-    lines = ["Read each reply to a question, and write down the answer that it gives, without anything else, in the form asked for."]
-    lines += [f"{hint}\nQuestion: {question}\n\nReply: {reply}\n\nExtracted answer: {found}" for hint, question, reply, found in _VALUES]
-    choices = "".join(f"\n({letter}) {text}" for letter, text in zip("ABCDEFGHIJ", record.get("choices") or (), strict=False))
+    lines = [
+        "Read each reply to a question, and write down the answer that it gives, without anything else, in the form asked for."
+    ]
+    lines += [
+        f"{_HINTS[form]}\nQuestion: {question}\n\nReply: {reply}\n\nExtracted answer: {found}"
+        for form, question, reply, found in _VALUES
+    ]
+    choices = "".join(
+        f"\n({letter}) {text}" for letter, text in zip("ABCDEFGHIJ", record.get("choices") or (), strict=False)
+    )
     question = f"{record.get('question', '')}" + (f"\nChoices:{choices}" if choices else "")
     lines.append(f"{_wanted(record)}\nQuestion: {question}\n\nReply: {shown(response)}\n\nExtracted answer:")
     return "\n\n".join(lines)
@@ -49,7 +73,9 @@ def mathvista_prompt(response: str, record: Mapping[str, Any]) -> str:
 def mathverse_extraction_prompt(response: str, record: Mapping[str, Any]) -> str:
     """Six worked examples, then this response: the judge writes the answer alone, or null."""
     lines = ["Write down only the final answer that a reply gives. Write null if it gives none."]
-    lines += [f"{number}. Reply: '{reply}'\nExtracted answer: {found}" for number, (reply, found) in enumerate(_FINDS, 1)]
+    lines += [
+        f"{number}. Reply: '{reply}'\nExtracted answer: {found}" for number, (reply, found) in enumerate(_FINDS, 1)
+    ]
     lines.append(f"{len(_FINDS) + 1}. Reply: '{shown(response)}'\nExtracted answer:")
     return "\n\n".join(lines)
 
@@ -88,9 +114,7 @@ def shown(response: str) -> str:
 def _wanted(record: Mapping[str, Any]) -> str:
     """The form of answer that a MathVista question asks for, as in its hint."""
     if record.get("choices"):
-        return _VALUES[4][0]
-    if record.get("answer_type") == "integer":
-        return _VALUES[0][0]
+        return _HINTS["choice"]
     if record.get("answer_type") == "float":
-        return _VALUES[2 if record.get("precision") == 2 else 1][0]
-    return _VALUES[3][0]
+        return _HINTS["float 2" if record.get("precision") == 2 else "float 1"]
+    return _HINTS["integer" if record.get("answer_type") == "integer" else "list"]

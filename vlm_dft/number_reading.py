@@ -14,10 +14,13 @@ TENS = "thirty forty fifty sixty seventy eighty ninety"
 WORDS = {word: i for i, word in enumerate(TEENS.split())} | {w: 30 + 10 * i for i, w in enumerate(TENS.split())}
 DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d{1,400})(?:\.\d{1,400})?|\.\d{1,400}"
 NUMBER = re.compile(
-    rf"(?<![\w.])(?P<sign>[-+](?=[\d.$€£¥])|(?<![\w)] )[-+]\s?)?(?:(?:US|USD|EUR)?\s?[$€£¥]\s?)?(?P<digits>{DIGITS})(?P<power>[eE][-+]?\d{{1,4}}\b)?"
+    r"(?<![A-Za-z0-9_.])(?P<sign>[-+](?=[\d.$€£¥])|(?<![\w)] )[-+]\s?)?(?:(?:US|USD|EUR)?\s?[$€£¥]\s?)?"
+    rf"(?P<digits>{DIGITS})(?P<power>[eE][-+]?\d{{1,4}}\b)?"
     r"(?:\s?(?:[x×*]|\\times|\\cdot)\s?10\s?\^\s?[{(]?\s?(?P<ten>[-+]?\d{1,4})\s?[})]?)?"
+    r"(?P<root>\s?(?:√|\\?sqrt|π|\\?pi\b)(?:\s?[{(]?\s?\d{1,20}\s?[})]?)?)?"
     r"(?P<over>\s?/\s?\d{1,40}(?![\d/]))?(?P<percent>\s?%)?"
-    rf"|(?<!the )(?<!these )(?<!those )(?<!-)\b(?:(?P<tens>twenty|{TENS.replace(' ', '|')})-)?(?P<word>{'|'.join(WORDS)})\b(?!\s+of\s+the\b|-)",
+    rf"|(?<!the )(?<!these )(?<!those )(?<!-)\b(?:(?P<tens>twenty|{TENS.replace(' ', '|')})-)?"
+    rf"(?P<word>{'|'.join(WORDS)})\b(?!\s+of\s+the\b|-)",
     re.IGNORECASE,
 )
 FRACTION = re.compile(
@@ -30,11 +33,12 @@ RESULT = re.compile(
     re.IGNORECASE,
 )
 
+RADICAL = re.compile(r"(?:√|sqrt)\s?[{(]?\s?$")
 OPERATOR = re.compile(r"[^\W\d_]{0,3}[\s)]{0,3}(?:[+*/×÷−]|\\(?:times|cdot|div)|-\s)\s?[(\d$]")
 """What shows that a number before it is not yet the result."""
 
 ASIDE = re.compile(
-    r",? and (?:the|its|his|her|their)\b|,? (?:while|whereas|since|because)\b|, (?:which|with|as|where|compared|so)\b|:\s",
+    r",? and (?:the|its|his|her|their)\b|,? (?:while|whereas|since|because)\b|, (?:which|with|as|where|compared)\b|:\s",
     re.IGNORECASE,
 )
 """Where a sentence goes on after its result."""
@@ -64,7 +68,9 @@ def _tidy(found: re.Match[str]) -> str:
     power = f"e{int(found['ten'])}" if found["ten"] else found["power"] or ""
     over = (found["over"] or "").replace(" ", "")
     sign = "-" if (found["sign"] or "").startswith("-") else ""
-    return sign + found["digits"].replace(",", "") + power + over + ("%" if found["percent"] else "")
+    root = re.sub(r"[\s(){}]", "", found["root"] or "").replace("\\sqrt", "√").replace("sqrt", "√")
+    sign += "√" if RADICAL.search(found.string, max(0, found.start("digits") - 8), found.start("digits")) else ""
+    return sign + found["digits"].replace(",", "") + power + root + over + ("%" if found["percent"] else "")
 
 
 def numbers_in(text: str) -> list[Number]:

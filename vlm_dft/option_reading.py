@@ -21,6 +21,7 @@ NAMED = re.compile(rf"(?:\b(?:{KINDS})\s+[*\"'(\[]{{0,3}}|选项?\s?|答案\s?)(
 LEADING = re.compile(
     r"[({\[]?\s?([A-Za-z])\s?(?:[)\]}]|[.:,、;](?=\s|$|[^\x00-\x7f])|[:.]?\*\*|$|\s?[-=–—]\s|(?=[\u4e00-\u9fff]))"
 )
+REFUSED = re.compile(r"\b(?:not|nor|neither|never)\s+(?:an?\s+|the\s+|be\s+)?[(\"']?$", re.IGNORECASE)
 PREFIX = re.compile(
     r"(?:the\s+)?(?:correct\s+)?(?:option|choice|answer|letter|选项?)\s*:?\s*(?=[(\[*\"'A-Z])", re.IGNORECASE
 )
@@ -51,6 +52,8 @@ def squeezed(text: str) -> str:
 def leading_letter(text: str, letters: str) -> str | None:
     """The letter a text begins with, in any dress: "(B) no", "B. no", "**b**", "B"; several letters are none."""
     text = PREFIX.sub("", text.lstrip(MARKS)).lstrip(MARKS)
+    if len(alone := text.strip(MARKS)) == 1 and alone.upper() in letters:
+        return alone.upper()
     found = LEADING.match(text)
     if not found or found[1].upper() not in letters or SEVERAL.match(text):
         return None
@@ -83,13 +86,17 @@ def option_pattern(choices: tuple[str, ...]) -> re.Pattern[str] | None:
 
 
 def options_quoted(text: str, choices: Sequence[str]) -> list[str]:
-    """The letters of the options whose text stands in this text, in order."""
+    """The letters of the options whose text stands in this text, in order, but right after a "not"."""
     pattern = option_pattern(tuple(choices))
     if pattern is None:
         return []
     exact = {" ".join(c.split()): i for i, c in reversed(list(enumerate(choices)))}
     folded = {c.casefold(): i for c, i in exact.items()}
-    found = (" ".join(m[0].split()) for m in pattern.finditer(text))
+    found = (
+        " ".join(m[0].split())
+        for m in pattern.finditer(text)
+        if not REFUSED.search(text, max(0, m.start() - 16), m.start())
+    )
     indices = (exact.get(one, folded.get(one.casefold())) for one in found)
     return [option_letters(choices)[i] for i in indices if i is not None and i < 26]
 
@@ -167,3 +174,23 @@ def numeric_option(text: str, choices: Sequence[str]) -> str | None:
     value = value_of(found)
     same = [i for i, one in enumerate(values) if value is not None and one == value]
     return option_letters(choices)[same[0]] if len(same) == 1 else None
+
+
+def covered_option(text: str, choices: Sequence[str]) -> str | None:
+    """The letter of the one option that has most of its words in a text: more than half, and more than any other."""
+    words = set(re.findall(r"\w+", text.casefold()))
+    own = [set(re.findall(r"\w+", choice.casefold())) for choice in choices]
+    shares = sorted(((len(one & words) / len(one) if one else 0.0, -i) for i, one in enumerate(own)), reverse=True)
+    (best, i), (second, _) = (*shares, (0.0, 0))[:2]
+    return option_letters(choices)[-i] if best > 0.5 and best > second else None
+
+
+def judged_option(text: str, letters: str) -> str | None:
+    """The letter of the one lettered line that a text calls right, where it goes through the options."""
+    lines = [line for line in text.split("\n")[-60:] if LINE.match(line)]
+    right = {LINE.match(line)[1] for line in lines if RIGHT.search(line) and not DENIED.search(line)}  # type: ignore[index]
+    return right.pop() if len(lines) > 1 and len(right) == 1 and right <= set(letters) else None
+
+
+LINE = re.compile(r"[\s*_#-]{0,8}(?:option\s)?\(?([A-H])\b[).:*]", re.IGNORECASE)
+RIGHT = re.compile(r"\b(?:correct|right|true|matches)\b|[✓✔✅]|(?<!不)正确", re.IGNORECASE)

@@ -12,10 +12,17 @@ LARGEST_EXPONENT = 300  # of ten
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+|\.(?!\d))?"
 _TEN = r"(?:[eE]([-+]?\d{1,4})(?![\d.])|\s*(?:\\times|\\cdot|\*|x)\s*10\s*\^\s*\{?\s*([-+]?\d{1,4})\s*\}?)?"
 _NUMBER = re.compile(rf"({_DIGITS}){_TEN}")
-_FRACTION = re.compile(r"(?:(\d{1,20})(?:\s+|\s*-\s*|\s*(?=\\frac)))?(?:\\frac\s*\{\s*(-?\d{1,20})\s*\}\s*\{\s*(-?\d{1,20})\s*\}|(\d{1,20})\s*/\s*(\d{1,20}))")
-_CURRENCIES = {"$": "$", "US$": "$", "USD": "$", "\N{EURO SIGN}": "\N{EURO SIGN}", "\N{POUND SIGN}": "\N{POUND SIGN}", "\N{YEN SIGN}": "\N{YEN SIGN}", "\N{INDIAN RUPEE SIGN}": "\N{INDIAN RUPEE SIGN}"}  # fmt: skip
+_FRACTION = re.compile(
+    r"(?:(\d{1,20})(?:\s+|\s*-\s*|\s*(?=\\frac)))?"
+    r"(?:\\frac\s*\{\s*(-?\d{1,20})\s*\}\s*\{\s*(-?\d{1,20})\s*\}|(\d{1,20})\s*/\s*(\d{1,20}))"
+)
+_CURRENCIES = {"US$": "$", "USD": "$"} | {
+    sign: sign for sign in "$\u20ac\u00a3\u00a5\u20b9"
+}  # dollar, euro, pound, yen, rupee
 _HEAD = re.compile(r"\s*([-+]?)\s*(US\$|USD|[$\u20ac\u00a3\u00a5\u20b9])?\s*([-+]?)\s*")
-_UNIT = re.compile(r"\s*(?:[-\s])?\s*([^\W\d_][^\d=<>()\[\]{},;:\\^]*?(?:\s*\^?\s*\{?\s*[23]\s*\}?)?(?:/[^\W\d_]+(?:\^?[23])?)?)\.?\s*")
+_UNIT = re.compile(
+    r"\s*(?:[-\s])?\s*([^\W\d_][^\d=<>()\[\]{},;:\\^]*?(?:\s*\^?\s*\{?\s*[23]\s*\}?)?(?:/[^\W\d_]+(?:\^?[23])?)?)\.?\s*"
+)
 _PERCENT = re.compile(r"\s*(?:%|percent|per cent|percentage points?)\s*", re.IGNORECASE)
 _NO_UNIT = re.compile(r"\b(?:pi|sqrt|sin|cos|tan|log|ln|and|or|to|root|times|plus|minus|over|not)\b|[*+|$%]")
 _POWER = re.compile(r"\s*\^?\s*\{?\s*([23])\s*\}?\Z")
@@ -45,7 +52,9 @@ _WORDS = {
         "nineteen".split()
     )
 }
-_TENS = {word: 10 * number for number, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)}
+_TENS = {
+    word: 10 * number for number, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +105,10 @@ def unit_name(text: str) -> str:
     for word, of in (("square ", "^2"), ("sq. ", "^2"), ("sq ", "^2"), ("cubic ", "^3"), ("cu ", "^3")):
         if text.startswith(word):
             text, power = text.removeprefix(word), of
-    return " ".join(word if len(word) < 4 or word.endswith("ss") else word.removesuffix("s") for word in text.split()) + power
+    return (
+        " ".join(word if len(word) < 4 or word.endswith("ss") else word.removesuffix("s") for word in text.split())
+        + power
+    )
 
 
 def in_unit(quantity: Quantity, unit: str) -> Fraction | None:

@@ -46,7 +46,9 @@ def _chosen(response: str, choices: Sequence[str], gold: str, question: str | No
     right = gold_letters(gold, choices)
     if len(right) > 1 and not choices:
         return _several(response, right, question)
-    texts = None if list(choices) == list(option_letters(choices)) else choices  # "A", "B", ..: the options are in the picture
+    texts = (
+        None if list(choices) == list(option_letters(choices)) else choices
+    )  # "A", "B", ..: the options are in the picture
     found = stated_answer(response, choices=texts or None, kind="choice", question=question)
     written = stated_answer(response, kind="expression", question=question) if texts else found
     if texts and written.answer is not None and (written.rule in OUTRIGHT or found.rule not in STATED):
@@ -89,7 +91,11 @@ def _several(response: str, right: frozenset[str], question: str | None) -> Scor
     found = stated_answer(response, kind="text", question=question)
     if found.answer is None:
         return Score(False, None, found.rule)
-    letters = frozenset(re.findall(r"(?<![A-Za-z'])[A-H](?![A-Za-z'])", found.answer.upper() if len(found.answer) < 12 else found.answer))
+    letters = frozenset(
+        re.findall(
+            r"(?<![A-Za-z'])[A-H](?![A-Za-z'])", found.answer.upper() if len(found.answer) < 12 else found.answer
+        )
+    )
     if not letters:
         return Score(False, None, "no option stated")
     return Score(letters == right, ", ".join(sorted(letters)), f"{found.rule}, letters")

@@ -71,9 +71,9 @@ TAG = re.compile(r"<answer>|<final_answer>|<\|begin_of_solution\|>|<\|begin_of_b
 TAG_END = re.compile(r"</?answer>|</final_answer>|<\|end_of_\w{3,8}\|>|</ans>", re.IGNORECASE)
 NOUN = r"(?:answers?|option|choice|solution(?! ?:)|result|conclusion|selection|letter|final (?:value|number|count|amount|total))"
 CUE = re.compile(
-    rf"\b{NOUN}\b[*_\"'`]{{0,3}}(?:[^.\n:=]|\.(?=\d)){{0,90}}?(?:\b(?:is|are|was|be|becomes|remains)\b(?!\s+(?:not\b|n't))|[:=]|->|→)[*_ ]{{0,4}}"
+    rf"(?<![A-Za-z])(?<!each )(?<!every )(?<!following )(?<!other )(?<!all )(?<!these ){NOUN}\b[*_\"'`]{{0,3}}(?:[^.\n:=]|\.(?=\d)){{0,90}}?(?:\b(?:is|are|was|be|becomes|remains)\b(?!\s+(?:not\b|n't))|[:=]|->|→)[*_ ]{{0,4}}"
     r"|(?:答案|正确选项|正确答案|选项|结果|结论)[^。\n]{0,12}?[是为:选]{1,2}\s?"
-    r"|(?:故|所以|因此|应该?|则|可|综上,?)选择?\s?:?\s?|####\s?",
+    r"|(?:故|所以|因此|应该?|则|可|综上,?)选择?\s?:?\s?|选择?\s?:?\s?(?=[(*]{0,3}[A-H])|####\s?",
     re.IGNORECASE,
 )
 END = re.compile(

@@ -16,7 +16,7 @@ NONE = "zzzzz"
 
 SEVERAL = re.compile(r"\(?\b[A-H]\b\)?(?:(?:\s?,\s?(?:and|or)?|\s?&|\s+and|\s+or)\s*\(?\b[A-H]\b\)?(?!['’]))+")
 LETTER = re.compile(r"\b[A-H]\b")
-CLAUSE = re.compile(r"[,;:]\s")
+CLAUSE = re.compile(r"[,;]\s")
 LIST_MARK = re.compile(r"(?m)^\s*\d{1,2}[.)]\s+")
 OPTION = re.compile(r"\(?\b([A-H])\)\s*")
 SUBJECT = re.compile(
@@ -24,7 +24,7 @@ SUBJECT = re.compile(
     r"(?:is|has|was|will|would|does|shows|represents|fits|completes|matches|corresponds)\b",
     re.IGNORECASE,
 )
-CLAUSE = re.compile(r"[,;:]\s")
+CLAUSE = re.compile(r"[,;]\s")
 LIST_MARK = re.compile(r"(?m)^\s*\d{1,2}[.)]\s+")
 OPTION = re.compile(r"\(?\b([A-H])\)\s*")
 SUBJECT = re.compile(
@@ -135,7 +135,7 @@ def _set(text: str, question: str, *, announced: bool = False) -> str | None:
             return ", ".join(letters)
     if not SEVERAL.match(text) and (letter := leading_letter(text, LETTERS)) and (announced or not DENIED.search(text)):
         return letter
-    kept = " ".join(clause for clause in CLAUSE.split(SEVERAL.sub(" ", text)) if not DENIED.search(clause))
+    kept = "; ".join(clause for clause in CLAUSE.split(SEVERAL.sub(" ", text)) if not DENIED.search(clause))
     if subject := SUBJECT.match(kept):
         return subject[1].upper()
     named = list(dict.fromkeys(letters_named(kept, LETTERS) or bare_letters(kept, LETTERS)))

@@ -9,12 +9,19 @@ from typing import Any
 from rapidfuzz.distance import Levenshtein
 
 from vlm_dft.answers import Asking, Extracted, Kind, stated_in
-from vlm_dft.option_reading import options_quoted
-from vlm_dft.statements import conclusions, segments, settled
+from vlm_dft.option_reading import covered_option, option_values, options_quoted
+from vlm_dft.statements import conclusions, segments, settled, statements
 from vlm_dft.verdicts import Score
 
 LISTS: dict[str | None, Kind] = {"list": "list"}
 BRACKETED = re.compile(r"\(([a-zA-Z])\)")
+
+MISSING = re.compile(
+    r"\b(?:options?|choices?|letter|answer)\b[^.\n]{0,60}\b(?:not|n't) (?:\w+ ){0,2}(?:provided|listed|given|among"
+    r"|included|available|one of)\b|\bnone of the (?:given |provided |answer )?(?:options|choices)\b",
+    re.IGNORECASE,
+)
+"""Says that the answer found is no option."""
 
 DOLLAR = re.compile(r"\bS(?=\d)")
 """A dollar sign as text recognition reads it, and as models copy it."""
@@ -94,11 +101,23 @@ def _read(response: str, choices: list[str] | None, kind: str | None, question: 
 
 
 def _read_choice(text: str, choices: list[str], asking: Asking) -> Extracted:
+    """The option stated, else what the extractor takes instead, which then goes to the nearest option."""
     found = stated_in(text, "choice", asking)
-    if found.answer or found.rule == "abstains":
+    if found.answer:
         return found
+    last = statements(text)[-1:]
+    if last and (beyond := BRACKETED.match(last[0].text)):
+        return Extracted(f"({beyond[1]})", "letter beyond the options")
+    missing = MISSING.search(text)
+    if found.rule == "abstains" and not missing:
+        return found
+    text = text[: missing.start()] if missing else text
+    number = stated_in(text, "number", asking)
+    if number.answer and None not in option_values(tuple(choices)):
+        return number
     best = conclusions(text, asking.question)[:1]
     if quoted := [letter for part in best for letter in options_quoted(part, choices)]:
         return Extracted(quoted[0], "first option quoted")
-    number = stated_in(text, "number", asking)  # no option: the nearest to it will do
+    if best and (covered := covered_option(best[0], choices)):
+        return Extracted(covered, "option's words")
     return number if number.answer else found
