@@ -166,8 +166,8 @@ def _metrics(value: object, where: str) -> None:
     from vlm_dft import metrics
 
     _texts(value, where)
-    known = getattr(metrics, "METRICS", None)
-    for name in value if known is not None else ():  # type: ignore[attr-defined]
+    known: Mapping[str, Any] = getattr(metrics, "METRICS", {})
+    for name in value if known else ():  # type: ignore[attr-defined]
         _known(name, known, "metric", where)
 
 
