@@ -10,7 +10,8 @@ rows, prompts and pixels in one process on one thread, rounds interleaved; the g
 must be the same (on a CPU in fp32; in bf16 on a GPU a batch rounds differently, and the share of equal responses is said).
 CPU seconds, since machines are shared; on a GPU seconds, synchronised. "embedded" is the embedded model, whose responses end
 by themselves, on its own drawn pictures; "small" a random Qwen2.5-VL (hidden 256, 4 layers, vision depth 4, vocabulary 8192)
-that seldom ends before --tokens, and "vocabulary" the same with Qwen's vocabulary of 151,936; "3b" random weights in the shape of Qwen2.5-VL-3B, in bf16, for a GPU of 24 GB or more.
+that seldom ends before --tokens, and "vocabulary" the same with Qwen's vocabulary of 151,936; "3b"
+random weights in the shape of Qwen2.5-VL-3B, in bf16, for a GPU of 24 GB or more.
 Without --data, on the drawn pictures. About three minutes on an idle core.
 """
 
@@ -168,7 +169,8 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
     same = sum(a == b for a, b in zip(said["one by one"], said["ours"], strict=True))
     each = {way: statistics.median(times) for way, times in seconds.items()}
     ratio = each["one by one"] / each["ours"]
-    unit, where = ("s", torch.cuda.get_device_name()) if GPU else ("CPU-s", f"one thread of {platform.processor() or platform.machine()}")  # fmt: skip
+    machine = platform.processor() or platform.machine()
+    unit, where = ("s", torch.cuda.get_device_name()) if GPU else ("CPU-s", f"one thread of {machine}")
     good = ratio >= TARGET and (GPU or same == len(samples))
     text = "\n".join(
         [

@@ -97,7 +97,6 @@ def test_a_run_killed_at_any_step_ends_in_the_file_of_an_uninterrupted_one(
             path.write_bytes(found[: len(found) - event % 7])  # the last line only partly on the disk
         assert run(folder) == 0
         assert path.read_bytes() == whole
-    print("KILLS", kills)
     assert kills >= 10  # it did come to its end: every step was tried
 
 

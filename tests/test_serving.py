@@ -25,6 +25,7 @@ from vlm_dft.as_trained import Asking
 from vlm_dft.decoding import Decoding
 from vlm_dft.errors import ConfigError
 from vlm_dft.pictures import data_uri, resizer
+from vlm_dft.prediction_file import check_settings
 from vlm_dft.serving import NoServer, Server, ask_server, check_server
 
 QUICK = {"first_wait": 0.01, "retries": 3}
@@ -259,8 +260,6 @@ def test_changed_settings_are_refused(fake: Fake, samples: list[Any], tmp_path: 
     with pytest.raises(ConfigError, match=r"samples: 6 there, 5 now; rows: "):
         ask(fake, samples[:5], path)
     with pytest.raises(ConfigError, match="engine: 'openai' there, 'transformers' now"):
-        from vlm_dft.prediction_file import check_settings
-
         check_settings(path, {"engine": "transformers"})
 
 
