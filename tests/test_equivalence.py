@@ -123,7 +123,7 @@ def test_expressions_have_the_values_that_sympy_gives_them() -> None:
 
     rng = random.Random(3)
     compared = 0
-    for _ in range(30):
+    for _ in range(14):
         text = random_expression(rng, 3)
         ours = read_expression(text)
         assert ours is not None, text
@@ -135,7 +135,7 @@ def test_expressions_have_the_values_that_sympy_gives_them() -> None:
             continue
         assert complex(mine) == pytest.approx(value, rel=1e-9, abs=1e-9), text
         compared += 1
-    assert compared > 20
+    assert compared > 9
 
 
 def test_expanded_and_factored_polynomials_of_sympy_are_the_same_and_neighbours_are_not() -> None:
@@ -186,7 +186,7 @@ def test_latex_text_takes_off_what_does_not_matter() -> None:
 PIECES = r"\frac \sqrt { } ^ ( ) 9 x \pm \cup , = - ! | _".split()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     st.text(max_size=60) | st.text(alphabet="0123456789+-*/^(){}[]|\\,.%$ xe=<>", max_size=60)
     | st.lists(st.sampled_from(PIECES), max_size=40).map("".join),
