@@ -35,7 +35,7 @@ SAME = [
     ("[2014, 2016]", "2014, 2016"), ("{1,2}", "2, 1"), (r"\{1,2\}", "{2,1}"), ("3 or 5", "5, 3"), ("3 and 5", "3, 5"), ("(1/2, 3)", "(0.5, 3)"),
     (r"(0,1]", r"\left(0,1\right]"), ("x>3", r"(3,\infty)"), (r"-2 \le x \le 7", "[-2,7]"), (r"x \in [-2,7]", "[-2, 7]"),
     (r"(-\infty,2)\cup(3,\infty)", r"(3, \infty) \cup (-\infty, 2)"), (r"1\pm\sqrt2", r"1+\sqrt{2}, 1-\sqrt{2}"),
-    ("9:00 A.M.", "9:00 am"), ("2:3", "2/3"), ("The cat.", "cat"), (r"\text{None of these}", "none of these"), (r"\boxed{5}", "5"),
+    ("9:00 A.M.", "9:00 am"), ("50.27 cm", r"Circumference $=50.27 \mathrm{~cm}$"), ("y>-3x", "$y>-3 x$"), ("2:3", "2/3"), ("The cat.", "cat"), (r"\text{None of these}", "none of these"), (r"\boxed{5}", "5"),
     (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"), ("**42**", "42"), ("$x$", "x"),
 ]  # fmt: skip
 

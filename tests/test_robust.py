@@ -64,6 +64,15 @@ def test_letters_of_options_in_the_picture_are_letters() -> None:
     assert score_robust("G", other).correct  # no option is called G: the one that says G is the fifth
 
 
+def test_an_option_of_the_question_that_is_quoted_with_its_letter_is_the_answer() -> None:
+    record = {
+        "question": "What grows? Select from A, B and C. (A) the tree in front (B) the house behind it (C) both of them",
+        "choices": None, "question_type": "multi_choice", "answer_type": "letter", "gold_answer": "B",
+    }  # fmt: skip
+    assert score_robust("A tree is cut each year. So the correct answer is B: The house behind it.", record).correct
+    assert score_robust("It is the house behind it that grows.", record).extracted == "B"
+
+
 def test_several_letters_must_be_all_and_only_the_gold_ones() -> None:
     record = {"choices": None, "question_type": "multi_choice", "answer_type": "letter_multi", "gold_answer": "B, D"}
     assert score_robust("The answer is D and B.", record).correct

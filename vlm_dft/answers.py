@@ -89,7 +89,11 @@ def stated_in(text: str, kind: Kind, asking: Asking) -> Extracted:
     whole, letters = bare((asking.question or "")[:4_000]), option_letters(asking.choices)
     text = without_listing(text) if kind == "choice" else text
     for one in reversed(_strict(statements(text), text) if kind in ("text", "expression") else statements(text)):
-        if len(one.text) >= 12 and bare(one.text) in whole and not (kind == "choice" and leading_letter(one.text, letters)):
+        if (
+            len(one.text) >= 12
+            and bare(one.text) in whole
+            and not (kind == "choice" and leading_letter(one.text, letters))
+        ):
             continue  # the question's own words, but for an option that is quoted with its letter
         if found := READERS[kind](one.text, asking):
             return Extracted(found, one.rule)

@@ -61,12 +61,14 @@ def _tagged(response: str) -> str:
 
 def _chosen(response: str, choices: Sequence[str], gold: str, question: str | None) -> Score:
     """The letter stated is the gold letter's, or that of an option whose text is the gold answer."""
+    from vlm_dft.official.logicvista import options_asked  # here, since official rules may fall back on this one
+
     right = gold_letters(gold, choices)
     if len(right) > 1 and not choices:
         return _several(response, right, question)
-    texts = (
-        None if list(choices) == list(option_letters(choices)) else choices
-    )  # "A", "B", ..: the options are in the picture
+    texts = list(choices) or options_asked(question or "") or []
+    if texts == list(option_letters(texts)):
+        texts = []  # "A", "B", ..: the options are in the picture
     found = stated_answer(response, choices=texts or None, kind="choice", question=question)
     written = stated_answer(response, kind="expression", question=question) if texts else found
     if texts and written.answer is not None and (written.rule in OUTRIGHT or found.rule not in STATED):
