@@ -15,7 +15,8 @@ from vlm_dft import generation
 from vlm_dft.chat import Sample
 from vlm_dft.collators import ChatCollator
 from vlm_dft.errors import ConfigError, ImageError
-from vlm_dft.generation import end_ids, fingerprint, generate
+from vlm_dft.fingerprints import fingerprint
+from vlm_dft.generation import end_ids, generate
 
 NEW_TOKENS = 12
 

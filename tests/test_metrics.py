@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
 
-from vlm_dft.metrics import accuracy, compare, mcnemar, summarise
+from vlm_dft.metrics import accuracy, compare, mcnemar, measured, summarise
 
 
 def rows(verdicts: str, split: str = "test", task: str = "count") -> list[dict[str, Any]]:
@@ -82,3 +83,68 @@ def test_mcnemar_is_the_exact_binomial_test(lost: int, won: int, p: float) -> No
 
 def test_mcnemar_of_many_pairs_is_quick_and_finite() -> None:
     assert 0 < mcnemar(4900, 5100) < 0.05 < mcnemar(4950, 5050)
+
+
+def clustered(*verdicts: str) -> list[dict[str, Any]]:
+    """A cluster a word."""
+    return [
+        {**row, "id": f"{c}-{row['id']}", "cluster": f"c{c}"} for c, word in enumerate(verdicts) for row in rows(word)
+    ]
+
+
+def test_the_standard_error_of_clusters_is_that_of_their_summed_residuals() -> None:
+    found = summarise(clustered("11", "11", "10", "00"))["test"]
+    assert (found["accuracy"], found["count"], found["clusters"]) == (0.625, 8, 4)
+    # residual sums .75, .75, -.25, -1.25: sqrt(.5625 + .5625 + .0625 + 1.5625) / 8
+    assert found["stderr"] == pytest.approx(0.2072890, abs=1e-6)
+
+
+def test_the_standard_error_of_clusters_is_that_of_resampled_clusters() -> None:
+    draw = random.Random(0)
+    words = ["".join("01"[draw.random() < p] for _ in range(draw.choice([1, 3, 5]))) for p in [0.2, 0.5, 0.9] * 40]
+    found = summarise(clustered(*words))["test"]
+    means = [
+        sum(w.count("1") for w in some) / sum(map(len, some))
+        for some in (draw.choices(words, k=len(words)) for _ in range(3000))
+    ]
+    spread = (sum((m - sum(means) / 3000) ** 2 for m in means) / 3000) ** 0.5
+    assert found["stderr"] == pytest.approx(spread, rel=0.05)
+
+
+def test_one_verdict_a_cluster_is_as_without_clusters() -> None:
+    assert measured(clustered(*"1101001")) == measured(rows("1101001"))
+
+
+def test_copies_of_a_verdict_add_nothing() -> None:
+    once, copied = measured(rows("1101001")), measured(clustered(*[v * 5 for v in "1101001"]))
+    assert copied["stderr"] == pytest.approx(once["stderr"])
+    assert copied["count"] == 35 and copied["low"] < once["low"] and once["high"] < copied["high"]  # t, not z, quantile
+
+
+def test_intervals_of_clusters_cover_the_truth() -> None:
+    """Of 400 benchmarks of 30 problems x 5 versions that share most of their difficulty."""
+    draw, held = random.Random(3), 0
+    for _ in range(400):
+        words = []
+        for _ in range(30):
+            p = draw.betavariate(1.4, 0.6)  # mean 0.7, the versions' correlation 1/3
+            words.append("".join("01"[draw.random() < p] for _ in range(5)))
+        found = measured(clustered(*words))
+        held += found["low"] <= 0.7 <= found["high"]
+    assert 0.92 <= held / 400 <= 0.99
+
+
+def test_a_row_counts_for_each_of_its_labels() -> None:
+    scored = [{**row, "groups": {"skills": ["algebra", "logic"][: k + 1]}} for k, row in enumerate(rows("01"))]
+    found = summarise(scored)["test"]["groups"]["skills"]
+    assert {value: (m["accuracy"], m["count"]) for value, m in found.items()} == {"algebra": (0.5, 2), "logic": (1, 1)}
+
+
+def test_both_rules_are_measured() -> None:
+    scored = [
+        {**row, "robust": {"correct": k > 0, "extracted": "5" if k else None, "rule": "r"}}
+        for k, row in enumerate(rows("1100"))
+    ]
+    found = measured(scored)["robust"]
+    assert (found["accuracy"], found["count"], found["abstained"]) == (0.75, 4, 1)
+    assert measured(rows("1100"))["robust"] is None  # as files of an older version are

@@ -1,11 +1,14 @@
-"""Generation: a model, a processor and Samples in, predictions.jsonl out; batched, greedy, resumable."""
+"""Generation: a model, a processor and Samples in, predictions.jsonl out; batched, greedy or drawn, resumable."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import gc
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,54 +18,80 @@ from torch import Tensor
 from vlm_dft.bars import Bar
 from vlm_dft.chat import Sample
 from vlm_dft.collators import ChatCollator
-from vlm_dft.errors import ConfigError, ImageError
+from vlm_dft.decoding import GREEDY, Decoding
+from vlm_dft.errors import ImageError, ModelError
+from vlm_dft.fingerprints import digest, fingerprint, settings_of
 from vlm_dft.media import image_size
-from vlm_dft.runs import write_json, write_text
+from vlm_dft.prediction_file import ALONE, PredictionFile, Share
 
-PIXELS_PER_TOKEN = 784  # 28 x 28; only to order prompts by length
+PIXELS_PER_TOKEN = 784  # 28 x 28; only to order prompts by length, where the processor does not tell
 CHARACTERS_PER_TOKEN = 3
+AHEAD = 2  # batches whose pictures are read and processed while the model answers another
 SMALL = (
     20_000_000  # parameters; below, threads wait for each other longer than they work (19 s against 1 s on busy cores)
 )
+NO_ROOM = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")  # as CUDA, the CPU and cuBLAS say it
+
+Place = tuple[int, int]  # of a response: the sample's, and the draw
+Batch = Sequence[Place]
+Say = Callable[[str], Any]
+
+
+@dataclass(slots=True)
+class Asked:
+    """Prompts to be answered, and how. limit: most tokens of a response. together: see `answers`."""
+
+    model: Any
+    collator: ChatCollator
+    samples: Sequence[Sample]
+    decoding: Decoding
+    limit: int
+    together: bool = False
+    prompts: Sequence[str] = ()  # the texts, before their media are opened
+    costs: Sequence[float] = ()  # of each sample's prompt, in tokens, roughly
+    room: float = float("inf")  # rows x tokens that fit, as far as running out of memory has told
+    halved: int = 0  # batches that did not fit
+    say: Say = lambda text: None
+    lock: Any = field(default_factory=threading.Lock)  # held around the tokenizer: its backend is one for all threads
+
+    def size(self, batch: Batch) -> float:
+        """Rows x tokens of a batch, padding and responses included."""
+        return len(batch) * (max(self.costs[k] for k, _ in batch) + self.limit)
+
+    def inputs(self, batch: Batch) -> dict[str, Any]:
+        with self.lock:
+            return self.collator.prompts([self.samples[k] for k, _ in batch])
 
 
 def generate(
-    model: Any,
-    collator: ChatCollator,
-    samples: Sequence[Sample],
-    path: Path,
-    *,
-    model_name: str = "",
-    max_new_tokens: int | None = None,
-    batch_size: int = 32,
-    title: str = "generating",
-    show: bool = True,
-) -> list[dict[str, Any]]:
-    """Answer every sample greedily, asked as the collator trains it, and write its row to `path`, in the samples' order. Returns the rows.
+    model: Any, collator: ChatCollator, samples: Sequence[Sample], path: Path, *, model_name: str = "",
+    decoding: Decoding = GREEDY, max_new_tokens: int | None = None, batch_size: int = 32, settings: Mapping[str, Any] | None = None,
+    share: Share = ALONE, title: str = "generating", show: bool = True, say: Say = lambda text: None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Answer every sample, asked as the collator trains it, and write its rows to `path`, in the samples' order. Returns the rows.
 
     Rows are appended as batches finish; a run that was killed goes on where it stopped. What decides the responses
-    (model, benchmark, prompts, length) is kept in predictions.meta.json beside `path`, and a change of it is refused.
+    (weights, prompts, pictures, decoding, length, and the `settings` given) is kept in predictions.meta.json beside
+    `path`, and a change of it is refused. A batch that does not fit into memory is halved, and so are its like.
     max_new_tokens: default the benchmark card's. batch_size: prompts at once; batches are the same in every run.
+    share: with several processes each answers its share of the batches; the first returns all rows, the others none.
     """
-    limit = max_new_tokens or max(int(sample.record["max_new_tokens"]) for sample in samples)
-    prompts = [collator.prompt_text(sample) for sample in samples]
-    _check_settings(path, _settings(model, model_name, samples, prompts, limit))
-    done = {row["id"]: row for row in _read_whole_rows(path)}
-    with path.open("a", encoding="utf-8") as file:
-        for batch in _batches(samples, prompts, batch_size, title if show else None):
-            missing = [k for k in batch if samples[k].id not in done]
-            if not missing:
-                continue
-            with _few_threads(model):
-                answers = _answer(model, collator, [samples[k] for k in batch], limit)
-            for k, answer in zip(batch, answers, strict=True):
-                if k in missing:
-                    row = done[samples[k].id] = _row(samples[k], answer)
-                    file.write(_line(row))
-            file.flush()
-    rows = [done[sample.id] for sample in samples]
-    write_text(path, "".join(map(_line, rows)))
-    return rows
+    asked = _asked(model, collator, samples, decoding, max_new_tokens, say=say)
+    found = {"engine": "transformers", **(settings or {}), **_settings(asked)}
+    order = [(samples[k].id, draw) for k, draw in decoding.draws(len(samples))]
+    how = {"batch_size": batch_size, "processes": share.world}
+    with PredictionFile(path, found, order, model=model_name, how=how, share=share) as file:
+        mine = _batches(asked, batch_size)[share.rank :: share.world]
+        missing = set(file.missing)
+        unfinished = [batch for batch in mine if any((samples[k].id, draw) in missing for k, draw in batch)]
+        with Bar(sum(map(len, mine)), title if show else None, unit="response") as bar:
+            bar.update(sum(map(len, mine)) - sum(map(len, unfinished)))
+            with closing(_answered(asked, unfinished)) as answered:
+                for batch, rows in answered:
+                    file.add(rows)
+                    bar.update(len(batch))
+        file.how["halved_batches"] = asked.halved
+        return file.finish()
 
 
 def answers(
@@ -70,55 +99,189 @@ def answers(
     collator: ChatCollator,
     samples: Sequence[Sample],
     *,
+    decoding: Decoding = GREEDY,
     max_new_tokens: int | None = None,
     batch_size: int = 32,
     together: bool = False,
     on_batch: Callable[[int], Any] = lambda done: None,
 ) -> list[dict[str, Any]]:
-    """The rows that `generate` would write, for a model in memory, in the samples' order; nothing is written.
+    """The rows that `generate` would write, for a model in memory, in their order; nothing is written.
 
     together: every process answers the same samples, since their engine gathers the weights of a layer when all ask for it.
-    on_batch: called with the number of samples that are answered.
+    on_batch: called with the number of responses that are there.
     """
     if not samples:
         return []
-    limit = max_new_tokens or max(int(sample.record["max_new_tokens"]) for sample in samples)
-    found: dict[int, dict[str, Any]] = {}
-    for batch in _batches(samples, [collator.prompt_text(sample) for sample in samples], batch_size, None):
-        with _few_threads(model):
-            rows = _answer(model, collator, [samples[k] for k in batch], limit, together=together)
-        found |= {k: _row(samples[k], row) for k, row in zip(batch, rows, strict=True)}
-        on_batch(len(found))
-    return [found[k] for k in range(len(samples))]
+    asked = _asked(model, collator, samples, decoding, max_new_tokens, together=together)
+    found: dict[Place, dict[str, Any]] = {}
+    with closing(_answered(asked, _batches(asked, batch_size))) as answered:
+        for batch, rows in answered:
+            found |= dict(zip(batch, rows, strict=True))
+            on_batch(len(found))
+    return [found[place] for place in decoding.draws(len(samples))]
 
 
-def _row(sample: Sample, answer: dict[str, Any]) -> dict[str, Any]:
-    return {"id": sample.id, "benchmark": sample.benchmark, "split": sample.split, **answer}
+def _asked(
+    model: Any, collator: ChatCollator, samples: Sequence[Sample], decoding: Decoding, limit: int | None, **more: Any
+) -> Asked:
+    prompts = [collator.prompt_text(sample) for sample in samples]
+    costs = [_cost(collator, sample, prompt) for sample, prompt in zip(samples, prompts, strict=True)]
+    limit = limit or longest(samples)
+    return Asked(model, collator, samples, decoding, limit, prompts=prompts, costs=costs, **more)
+
+
+def longest(samples: Sequence[Sample]) -> int:
+    """The most tokens of a response that the samples' cards allow."""
+    return max(int(sample.record["max_new_tokens"]) for sample in samples)
+
+
+def _settings(asked: Asked) -> dict[str, Any]:
+    """What decides the responses."""
+    collator, images = asked.collator, getattr(asked.collator.processor, "image_processor", None)
+    return {
+        **settings_of(asked.samples, asked.decoding, asked.limit),
+        "weights": fingerprint(asked.model),
+        "dtype": str(asked.model.dtype).removeprefix("torch."),
+        "prompts": digest(asked.prompts),
+        "pixels": {**dict(getattr(images, "size", None) or {}), "resize": collator.processing.resize},
+    }
+
+
+def _batches(asked: Asked, size: int) -> list[Batch]:
+    """Places of responses, longest prompts first, cut into batches of all of them: a resumed run makes the same ones."""
+    order = sorted(asked.decoding.draws(len(asked.samples)), key=lambda place: (-asked.costs[place[0]], place))
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def _answered(asked: Asked, batches: Sequence[Batch]) -> Generator[tuple[Batch, list[dict[str, Any]]]]:
+    """(places, their rows), a batch at a time, or parts of it where it does not fit."""
+    with _few_threads(asked.model):
+        for batch, inputs in _prefetched(asked.inputs, batches):
+            parts: deque[tuple[Batch, dict[str, Any] | None]] = deque([(batch, inputs)])
+            del inputs  # only `parts` holds them, so that a batch that does not fit is let go of
+            while parts:
+                part, ready = parts.popleft()
+                if len(part) > 1 and asked.size(part) > asked.room:
+                    parts.extendleft(reversed([(half, None) for half in _halves(part)]))
+                    continue
+                rows = _answer_if_it_fits(asked, part, ready if ready is not None else asked.inputs(part))
+                if rows is not None:
+                    yield part, rows
+                    continue
+                ready = None
+                _make_room(asked, part)
+                parts.extendleft(reversed([(half, None) for half in _halves(part)]))
+
+
+def _halves(batch: Batch) -> list[Batch]:
+    middle = (len(batch) + 1) // 2
+    return [batch[:middle], batch[middle:]]
+
+
+def _make_room(asked: Asked, batch: Batch) -> None:
+    """Note that a batch did not fit. Raises ModelError for a single prompt."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if len(batch) == 1:
+        sample = asked.samples[batch[0][0]]
+        raise ModelError(
+            f"{sample.benchmark} {sample.split} {sample.id}: memory does not suffice for this prompt alone (about "
+            f"{asked.costs[batch[0][0]]:.0f} tokens and up to {asked.limit} of a response). Lower max_pixels or max_new_tokens, or "
+            "free memory: is something else on this device?"
+        )
+    if not asked.halved:
+        asked.say(
+            f"memory does not suffice for a batch of {len(batch)}: batches as large are halved, the rows stay the same"
+        )
+    asked.halved += 1
+    asked.room = asked.size(batch) * 0.51
+
+
+def _answer_if_it_fits(asked: Asked, batch: Batch, inputs: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """The rows of a batch; None where memory ran out. What the failed pass held is let go of with the error."""
+    try:
+        return _answer(asked, batch, inputs)
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError; the CPU's is a plain one
+        short = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(said in str(error) for said in NO_ROOM)
+        if not short or asked.together:  # together, the other processes would wait for this one
+            raise
+        return None
+
+
+def _prefetched(
+    work: Callable[[Batch], dict[str, Any]], batches: Sequence[Batch]
+) -> Iterator[tuple[Batch, dict[str, Any]]]:
+    """(batch, work(batch)) in order, up to AHEAD of them made by a thread while the caller is busy with one.
+
+    A thread, not processes: decoding and resizing let other threads run, and a batch of pictures need not pass through a
+    container's small shared memory. One, since a tokenizer is not for several at a time.
+    """
+    if len(batches) < 2:
+        yield from ((batch, work(batch)) for batch in batches)
+        return
+    threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(1, "pictures", initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        waiting: deque[tuple[Batch, Future[dict[str, Any]]]] = deque()
+        for batch in batches:
+            waiting.append((batch, pool.submit(work, batch)))
+            if len(waiting) > AHEAD:
+                first, made = waiting.popleft()
+                ready = made.result()
+                torch.set_num_threads(threads)  # for threads that begin later, whom the pool's 1 would reach
+                yield first, ready
+        while waiting:
+            first, made = waiting.popleft()
+            yield first, made.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
 
 
 @torch.no_grad()  # not inference_mode: an engine that gathers weights in it could not train with them afterwards
-def _answer(
-    model: Any, collator: ChatCollator, samples: Sequence[Sample], limit: int, *, together: bool = False
-) -> list[dict[str, Any]]:
+def _answer(asked: Asked, batch: Batch, inputs: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a batch, by the library's generate."""
     from transformers import GenerationConfig
 
-    processor, inputs = collator.processor, collator.prompts(samples)
+    model, processor = asked.model, asked.collator.processor
     device = next(model.parameters()).device
     moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
     moved = {k: v.to(model.dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in moved.items()}
     ends = end_ids(model, processor)
-    greedy = GenerationConfig(  # every value set: an absent one would be taken from the model's own, which samples
-        max_new_tokens=limit, do_sample=False, num_beams=1, repetition_penalty=1.0, temperature=1.0, top_p=1.0,
+    plain = GenerationConfig(  # every value set: an absent one would be taken from the model's own, which samples
+        max_new_tokens=asked.limit, do_sample=False, num_beams=1, repetition_penalty=1.0, temperature=1.0, top_p=1.0,
         top_k=50, eos_token_id=ends, pad_token_id=processor.tokenizer.pad_token_id,
     )  # fmt: skip
+    width, drawn = moved["input_ids"].shape[1], _drawn(asked, batch, moved["input_ids"])
     was_training = model.training
     model.eval()
     try:
-        output = model.generate(**moved, generation_config=greedy, synced_gpus=together)
+        output = model.generate(**moved, generation_config=plain, synced_gpus=asked.together, **drawn)
     finally:
         model.train(was_training)
-    width = moved["input_ids"].shape[1]
-    return [_read_answer(ids, ends, processor) for ids in output[:, width:].tolist()]
+    with asked.lock:
+        said = [_read_answer(ids, ends, processor) for ids in output[:, width:].tolist()]
+    return [row_of(asked.samples[k], draw, answer) for (k, draw), answer in zip(batch, said, strict=True)]
+
+
+def _drawn(asked: Asked, batch: Batch, input_ids: Tensor) -> dict[str, Any]:
+    """What generate needs to draw; nothing where it is greedy."""
+    if asked.decoding.greedy:
+        return {}
+    from vlm_dft.drawing import SeededDraws
+
+    numbers = asked.decoding.uniforms([(asked.samples[k].id, draw) for k, draw in batch], asked.limit)
+    uniforms = torch.from_numpy(numbers).to(input_ids.device)
+    draws = SeededDraws(
+        uniforms, input_ids.shape[1], temperature=asked.decoding.temperature, top_p=asked.decoding.top_p
+    )
+    return {"logits_processor": [draws]}
+
+
+def row_of(sample: Sample, draw: int, answer: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of predictions.jsonl."""
+    return {"id": sample.id, "draw": draw, "benchmark": sample.benchmark, "split": sample.split, **answer}
 
 
 @contextmanager
@@ -152,87 +315,17 @@ def _read_answer(ids: list[int], ends: Sequence[int], processor: Any) -> dict[st
     }
 
 
-def _batches(samples: Sequence[Sample], prompts: Sequence[str], size: int, title: str | None) -> Iterator[list[int]]:
-    """Indices of samples, longest prompts first, cut into batches of all samples: a resumed run makes the same ones."""
-    order = sorted(range(len(samples)), key=lambda k: (-_cost(samples[k], prompts[k]), k))
-    with Bar(len(samples), title) as bar:
-        for start in range(0, len(order), size):
-            yield order[start : start + size]
-            bar.update(len(order[start : start + size]))
+def _cost(collator: ChatCollator, sample: Sample, prompt: str) -> float:
+    """Tokens of a prompt, roughly: of its pictures as the processor makes them where it says so, else by their areas."""
+    return len(prompt) / CHARACTERS_PER_TOKEN + sum(_tokens(collator, image) for image in sample.images)
 
 
-def _cost(sample: Sample, prompt: str) -> float:
-    return len(prompt) / CHARACTERS_PER_TOKEN + sum(map(_pixels, sample.images)) / PIXELS_PER_TOKEN
-
-
-def _pixels(image: Any) -> int:
-    """The area of an image, from the file's header where it is a file."""
+def _tokens(collator: ChatCollator, image: Any) -> float:
+    """Tokens of a picture, from its file's header where it is a file."""
     try:
-        height, width = image_size(image)
-    except ImageError:
+        size = image_size(image, access=collator.access)
+        if collator.processing.fast is not None:
+            return collator.processing.media_tokens([size], [{}])[0]
+    except (ImageError, ValueError):
         return 0  # said when it is opened, with the sample's name
-    return height * width
-
-
-def _settings(model: Any, name: str, samples: Sequence[Sample], prompts: Sequence[str], limit: int) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    for sample, prompt in zip(samples, prompts, strict=True):
-        sizes = [
-            Path(i).stat().st_size if isinstance(i, (str, Path)) and Path(i).is_file() else 0 for i in sample.images
-        ]
-        digest.update(json.dumps([sample.id, sample.split, prompt, sizes]).encode())
-    return {
-        "model": name,
-        "weights": fingerprint(model),
-        "benchmark": ", ".join(dict.fromkeys(sample.benchmark for sample in samples)),
-        "samples": len(samples),
-        "prompts": digest.hexdigest()[:16],
-        "max_new_tokens": limit,
-        "decoding": "greedy",
-    }
-
-
-def fingerprint(model: Any, per_tensor: int = 64) -> str:
-    """A hash of some values of every parameter: tells two checkpoints apart without reading them whole."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        flat = parameter.detach().flatten()
-        some = flat[:: max(1, flat.numel() // per_tensor)][:per_tensor].float().cpu()
-        digest.update(f"{name} {tuple(parameter.shape)}".encode() + some.numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _check_settings(path: Path, settings: dict[str, Any]) -> None:
-    """Write the settings beside `path`, or refuse to continue a file that was made with others."""
-    meta = path.with_name(f"{path.stem}.meta.json")
-    if path.is_file() and path.stat().st_size:
-        if not meta.is_file():
-            raise ConfigError(
-                f"{path} has no {meta.name} beside it: not ours to continue. Remove it, or choose another folder."
-            )
-        before = json.loads(meta.read_text(encoding="utf-8"))
-        changed = [key for key in settings if before.get(key) != settings[key] and key != "model"]
-        if changed:
-            differences = "; ".join(f"{key}: {before.get(key)!r} there, {settings[key]!r} now" for key in changed)
-            raise ConfigError(
-                f"{path} was made with other settings ({differences}). "
-                "Remove it to start over, or choose another folder."
-            )
-    write_json(meta, settings)
-
-
-def _read_whole_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of an unfinished file; a last line that was cut off while being written is taken out of it."""
-    if not path.is_file():
-        return []
-    from vlm_dft.predictions import read_jsonl
-
-    text = path.read_text(encoding="utf-8", errors="replace")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        write_text(path, whole)
-    return read_jsonl(path)
-
-
-def _line(row: dict[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
+    return size[0] * size[1] / PIXELS_PER_TOKEN

@@ -1,56 +1,99 @@
-"""Metrics: score rows in; accuracy with standard error, interval and count, and paired tests out."""
+"""Metrics: score rows in; accuracy by both rules with standard error, interval and count, and paired tests out."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-Z95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
-Row = Mapping[str, Any]  # of scores.jsonl: id, split, groups, correct, extracted ...
+from vlm_dft.cards import nearest
+from vlm_dft.errors import UserError
+from vlm_dft.named_metrics import METRICS, of_draws
+from vlm_dft.shares import Z95, share
+
+__all__ = ["METRICS", "Z95", "accuracy", "by_group", "compare", "labels", "mcnemar", "measured", "summarise"]
+
+Row = Mapping[str, Any]  # of scores.jsonl: id, draw, split, cluster, groups, correct, extracted, robust ...
 
 
-def accuracy(verdicts: Sequence[bool]) -> dict[str, float | int]:
-    """Accuracy, its standard error sqrt(p(1-p)/n), a Wilson 95 % interval [low, high] and the count.
+def accuracy(verdicts: Sequence[bool]) -> dict[str, Any]:
+    """Accuracy, its standard error sqrt(p(1-p)/n), a Wilson 95 % interval [low, high] and the count, of unrelated verdicts.
 
-    The standard error is 0 at p = 0 and p = 1, where it says nothing; the interval still does.
     Raises ValueError for no verdicts: the accuracy of nothing is not zero.
     """
-    n = len(verdicts)
-    if n == 0:
-        raise ValueError("Expected at least one verdict, found none: there is no accuracy of nothing.")
-    p = sum(verdicts) / n
-    shrink = 1 + Z95**2 / n
-    centre = (p + Z95**2 / (2 * n)) / shrink
-    half = Z95 * math.sqrt(p * (1 - p) / n + Z95**2 / (4 * n**2)) / shrink
-    return {
-        "accuracy": p,
-        "stderr": math.sqrt(p * (1 - p) / n),
-        "count": n,
-        "low": max(0.0, centre - half),
-        "high": min(1.0, centre + half),
-    }
+    return share([float(bool(verdict)) for verdict in verdicts])
 
 
-def summarise(scores: Iterable[Row]) -> dict[str, dict[str, Any]]:
-    """{split: {accuracy, stderr, count, low, high, abstained, cut, mean_tokens, "groups": {group: {value: the same}}}}.
+def measured(rows: Sequence[Row]) -> dict[str, Any]:
+    """{"accuracy", "stderr", "low", "high", "count", "clusters", "abstained", "cut", "mean_tokens", "robust": the first five and
+    "abstained"} of rows of one split.
 
+    count: responses, so with several draws accuracy is avg@k. clusters: problems; the standard error is of them.
     abstained: responses that answer nothing. cut: responses that reached the token limit. Both count as scored.
     mean_tokens: length of the responses, end token included; None where the rows do not tell it.
+    robust: None where the rows have no robust verdict.
     """
+    clusters = [cluster_of(row) for row in rows]
+    lengths = [row["tokens"] for row in rows if row.get("tokens") is not None]
+    robust = [row["robust"] for row in rows if row.get("robust")]
+    found = {
+        **share([float(bool(row["correct"])) for row in rows], clusters),
+        "abstained": sum(row.get("extracted") is None for row in rows),
+        "cut": sum(row.get("finish") == "length" for row in rows),
+        "mean_tokens": sum(lengths) / len(lengths) if len(lengths) == len(rows) else None,
+        "robust": None,
+    }
+    if len(robust) == len(rows):
+        other = share([float(bool(verdict["correct"])) for verdict in robust], clusters)
+        other.pop("clusters")
+        found["robust"] = {**other, "abstained": sum(verdict.get("extracted") is None for verdict in robust)}
+    return found
+
+
+def summarise(scores: Iterable[Row], metrics: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
+    """{split: {**measured, "groups": {group: {value: measured}}, "extra": {metric: {...}}}}.
+
+    A row with several labels of a group counts for each of them. metrics: names of METRICS. Where rows have several
+    draws, extra has avg@k, pass@k and maj@k too. Every dict in extra with an "accuracy" is a share with its error.
+    """
+    for name in metrics:
+        if name not in METRICS:
+            raise UserError(f"Unknown metric {name!r}.{nearest(name, METRICS)} Known: {', '.join(METRICS)}.")
     result = {}
-    for split, rows in _by(list(scores), lambda row: row["split"]).items():
-        names = dict.fromkeys(name for row in rows for name in row.get("groups") or {})
-        groups = {
-            name: _by([r for r in rows if name in r["groups"]], lambda r, n=name: r["groups"][n]) for name in names
-        }
+    for split, rows in _by(list(scores), lambda row: str(row["split"])).items():
         result[split] = {
-            **_measured(rows),
+            **measured(rows),
             "groups": {
-                name: {value: _measured(found[value]) for value in sorted(found)} for name, found in groups.items()
+                name: {value: measured(found) for value, found in values.items()}
+                for name, values in by_group(rows).items()
             },
+            "extra": {**of_draws(rows), **{name: METRICS[name](rows) for name in metrics}},
         }
     return result
+
+
+def by_group(rows: Sequence[Row]) -> dict[str, dict[str, list[Row]]]:
+    """{group: {value: its rows}}; the groups as they first appear, the values sorted."""
+    found: dict[str, dict[str, list[Row]]] = {}
+    for row in rows:
+        for name in row.get("groups") or {}:
+            values = found.setdefault(name, {})
+            for value in labels(row, name):
+                values.setdefault(value, []).append(row)
+    return {name: dict(sorted(values.items())) for name, values in found.items()}
+
+
+def labels(row: Row, group: str) -> tuple[str, ...]:
+    """The labels that a row has of a group: one, several, or none."""
+    value = (row.get("groups") or {}).get(group)
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, str) else tuple(dict.fromkeys(map(str, value)))
+
+
+def cluster_of(row: Row) -> str:
+    """What a row's verdict depends on: its problem, or its own sample."""
+    return str(row.get("cluster") or row["id"])
 
 
 def compare(first: Iterable[Row], second: Iterable[Row]) -> dict[str, float | int]:
@@ -87,17 +130,7 @@ def mcnemar(lost: int, won: int) -> float:
     return min(1.0, float(2 * total / 2**n))
 
 
-def _measured(rows: Sequence[Row]) -> dict[str, Any]:
-    lengths = [row["tokens"] for row in rows if row.get("tokens") is not None]
-    return {
-        **accuracy([bool(row["correct"]) for row in rows]),
-        "abstained": sum(row.get("extracted") is None for row in rows),
-        "cut": sum(row.get("finish") == "length" for row in rows),
-        "mean_tokens": sum(lengths) / len(lengths) if len(lengths) == len(rows) else None,
-    }
-
-
-def _by(rows: Sequence[Row], key: Any) -> dict[str, list[Row]]:
+def _by(rows: Sequence[Row], key: Callable[[Row], str]) -> dict[str, list[Row]]:
     found: dict[str, list[Row]] = {}
     for row in rows:
         found.setdefault(key(row), []).append(row)

@@ -70,11 +70,11 @@ def load_processor(name: str, *, min_pixels: int | None = None, max_pixels: int 
 
 
 def load_model(
-    name: str, *, dtype: torch.dtype = torch.float32, attention: str | None = None, quantization: Any = None
-) -> Any:
+    name: str, *, dtype: torch.dtype = torch.float32, attention: str | None = None, quantization: Any = None, merge: bool = True
+) -> Any:  # fmt: skip
     """The model of a hub id, a checkpoint folder or a LoRA adapter folder (merged onto its base), in evaluation mode.
 
-    quantization: a BitsAndBytesConfig (adapters.quantization_of).
+    quantization: a BitsAndBytesConfig (adapters.quantization_of). merge: False leaves adapters beside the base's weights.
     """
     from transformers import AutoModelForImageTextToText
 
@@ -90,7 +90,8 @@ def load_model(
     if base != folder:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, folder).merge_and_unload()
+        adapted: Any = PeftModel.from_pretrained(model, folder)
+        model = adapted.merge_and_unload() if merge else adapted
     return model.eval()
 
 

@@ -11,15 +11,16 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
+from vlm_dft.as_trained import system_of, with_system
 from vlm_dft.benchmarks import load_benchmark
 from vlm_dft.cards import nearest
 from vlm_dft.chat import Example, Sample
 from vlm_dft.collators import ChatCollator
 from vlm_dft.config import TrainConfig
 from vlm_dft.errors import ConfigError
+from vlm_dft.evaluating import load_for_answers
 from vlm_dft.explain import mask_report
 from vlm_dft.finishing import read_finished
 from vlm_dft.gathering import Gathered, gather, say_account
@@ -147,27 +148,6 @@ def _check_same_data(output: Path, now: str) -> None:
             )
 
 
-def evaluate(
-    benchmark: str, *, model: str, output: Path, data: str | None = None, limit: int | None = None,
-    batch_size: int = 32, min_pixels: int | None = None, max_pixels: int | None = None, echo: Echo,
-) -> dict[str, Any]:  # fmt: skip
-    """Evaluate one model: predictions.jsonl, scores.jsonl and results.json in `output`. Returns {split: metrics}."""
-    splits = load_benchmark(benchmark, data, limit=limit)
-    output.mkdir(parents=True, exist_ok=True)
-    loaded = load_for_answers(model)
-    collator = ChatCollator(load_processor(model, min_pixels=min_pixels, max_pixels=max_pixels))
-    result = _predict_and_score(loaded, collator, model, splits, output, batch_size)
-    write_json(output / "results.json", {"benchmark": benchmark, "model": model, "splits": result})
-    echo(report_table({"runs": {Path(model).name: result}}))
-    return result
-
-
-def load_for_answers(name: str) -> Any:
-    """A model to generate with: bf16 on a GPU, fp32 elsewhere."""
-    gpu = device_kind() == "cuda"
-    return load_model(name, dtype=torch.bfloat16 if gpu else torch.float32).to(device_kind())
-
-
 def _kept_look(output: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
     """What was found before a run's first step, if it goes on: masks and prior."""
     files = [output / name for name in ("mask_report.json", "prior.json")]
@@ -230,7 +210,8 @@ def _evaluate_all(
         echo("[4/4] no evaluation: the recipe names no benchmark (BENCHMARK= chooses one)")
     else:
         name = str(plan.benchmark["name"])
-        splits = load_benchmark(str(config.benchmark), config.data, limit=config.eval_limit)
+        system = system_of(plan.recipe, config.data)
+        splits = with_system(load_benchmark(str(config.benchmark), config.data, limit=config.eval_limit), system)
         echo(f"[4/4] evaluation: {name}, {sum(map(len, splits.values())):,} samples per model")
         processor = load_processor(config.model, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
         collator = make_collator(processor, config, packing=False)
@@ -239,7 +220,7 @@ def _evaluate_all(
             folder = output / "base" if run_name == "base" else plan.folder(run_name)
             folder.mkdir(exist_ok=True)
             loaded = load_for_answers(model)
-            runs[run_name] = _predict_and_score(loaded, collator, model, splits, folder, 32, title=run_name)
+            runs[run_name] = _predict_and_score(loaded, collator, model, splits, folder, run_name, echo)
             del loaded
             gc.collect()
     return write_report(
@@ -265,19 +246,12 @@ def probe(config: TrainConfig, card: Mapping[str, Any], *, count: int, echo: Ech
 
 
 def _predict_and_score(
-    model: Any,
-    collator: ChatCollator,
-    name: str,
-    splits: dict[str, list[Sample]],
-    folder: Path,
-    batch_size: int,
-    title: str = "model",
+    model: Any, collator: ChatCollator, name: str, splits: dict[str, list[Sample]], folder: Path, title: str, echo: Echo
 ) -> dict[str, Any]:
     samples = [sample for split in splits.values() for sample in split]
-    generate(
-        model, collator, samples, folder / "predictions.jsonl", model_name=name, batch_size=batch_size, title=title
-    )
-    return summarise(score_predictions(samples, folder / "predictions.jsonl", folder / "scores.jsonl"))
+    predictions = folder / "predictions.jsonl"
+    generate(model, collator, samples, predictions, model_name=name, title=title, say=echo)
+    return summarise(score_predictions(samples, predictions, folder / "scores.jsonl"))
 
 
 def _show(report: dict[str, Any], output: Path, echo: Echo) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 from vlm_dft.cards import nearest
 from vlm_dft.columns import column_of, fill, is_nan, list_of, text_of
 from vlm_dft.errors import RowError
+from vlm_dft.renaming import LETTERS
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+__all__ = ["LETTERS", "option_texts", "prompt_text", "right_option"]
 
 
 def prompt_text(card: Mapping[str, Any], row: Mapping[str, Any], *, where: str) -> str:
@@ -22,7 +23,9 @@ def prompt_text(card: Mapping[str, Any], row: Mapping[str, Any], *, where: str) 
     """
     prompt, row = str(card["prompt"]), dict(row)
     unit = _column(card, "unit", row, where=where)
-    options = _options_text(_column(card, "options", row, where=where), where=where)
+    options = " ".join(
+        f"({letter}) {text}" for letter, text in zip(LETTERS, option_texts(card, row, where=where), strict=False)
+    )
     placed = "options" in card and "{options}" in prompt
     text = fill(prompt, {**row, "options": options} if placed else row, where=where)
     if unit not in (None, ""):
@@ -35,14 +38,13 @@ def right_option(card: Mapping[str, Any], row: Mapping[str, Any], *, where: str)
 
     correct: {column: ..., by: index | letter | text}; an index counts from 0. Raises RowError where it is none of the options.
     """
-    options = _column(card, "options", row, where=where)
-    if "correct" not in card or not _options_text(options, where=where):
+    texts = [option.strip() for option in option_texts(card, row, where=where)]
+    if "correct" not in card or not texts:
         return {}
     column, by = card["correct"]["column"], card["correct"]["by"]
     found = column_of(row, column, where=where)
     whole = isinstance(found, float) and found.is_integer()  # an index in a column that has nulls
     value = text_of(int(found) if whole else found, column, where).strip()
-    texts = [str(option).strip() for option in options]
     known = {"index": list(map(str, range(len(texts)))), "letter": list(LETTERS[: len(texts)]), "text": texts}[by]
     if known.count(value) != 1:
         times = "none" if value not in known else f"{known.count(value)}"
@@ -67,9 +69,11 @@ def _column(card: Mapping[str, Any], key: str, row: Mapping[str, Any], *, where:
     return list_of(value) if key == "options" and isinstance(value, str) and value.startswith("[") else value
 
 
-def _options_text(choices: Any, *, where: str) -> str:
+def option_texts(card: Mapping[str, Any], row: Mapping[str, Any], *, where: str) -> list[str]:
+    """The options of a row, of the column that the card's `options` names; none where it has none. Raises RowError."""
+    choices = _column(card, "options", row, where=where)
     if choices is None:
-        return ""
+        return []
     if isinstance(choices, str) or not isinstance(choices, Sequence) or len(choices) > len(LETTERS):
         raise RowError(
             f"{where}: expected a list of at most {len(LETTERS)} choices, or its JSON text, found {str(choices)[:80]!r}.",
@@ -78,4 +82,4 @@ def _options_text(choices: Any, *, where: str) -> str:
     for k, choice in enumerate(choices):
         if choice is None or is_nan(choice) or not str(choice).strip():
             raise RowError(f"{where}: option {LETTERS[k]} is {choice!r}.", "an option is empty")
-    return " ".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, choices, strict=False))
+    return [str(choice) for choice in choices]

@@ -8,8 +8,37 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from vlm_dft.reporting import BASE
+
 Rows = Sequence[Mapping[str, Any]]
 LABEL, WIDTH, BAR, GAP = 112, 470, 11, 12  # pixels: label column, whole chart, a bar, the space between groups
+
+
+def legend_entry(runs: Sequence[str], run: str) -> str:
+    """A run's colour and name."""
+    return f"<span><i class='dot {run_colour(runs, run)}'></i>{escape(run)}</span>"
+
+
+def run_colour(runs: Sequence[str], run: str) -> str:
+    """The CSS class of a run: base is grey; the others take colours in order."""
+    return "c0" if run == BASE else f"c{1 + [r for r in runs if r != BASE].index(run) % 5}"
+
+
+def interval_figure(middle: float, low: float, high: float, reach: float, tone: str) -> str:
+    """A difference with its interval on an axis from -reach to reach, zero in the middle."""
+    width, height = 170, 22
+
+    def x(value: float) -> float:
+        return width / 2 + max(-1.0, min(1.0, value / reach)) * (width / 2 - 6)
+
+    label = f"{100 * middle:+.1f} points, from {100 * low:+.1f} to {100 * high:+.1f}"
+    left, right = x(low), x(high)
+    parts = [
+        f"<title>{label}</title><line class=zero x1={width / 2} x2={width / 2} y1=1 y2={height - 1} />",
+        f"<path class='span {tone}' d='M{left:.1f} 11H{right:.1f}M{left:.1f} 7v8M{right:.1f} 7v8' />",
+        f"<circle class='mid {tone}' cx={x(middle):.1f} cy=11 r=3.6 />",
+    ]
+    return _svg(width, height, label, parts, kind="interval")
 
 
 def bars(rows: Rows, split: str, colours: Mapping[str, str]) -> str:

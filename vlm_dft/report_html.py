@@ -14,7 +14,7 @@ from vlm_dft.accounting import TITLES, account_cells, account_lines
 from vlm_dft.chat import Sample, text_of
 from vlm_dft.errors import ImageError
 from vlm_dft.media import open_image
-from vlm_dft.report_charts import bars, curves_figure, gauge_figure, moving_histogram
+from vlm_dft.report_charts import bars, curves_figure, gauge_figure, legend_entry, moving_histogram, run_colour
 from vlm_dft.report_style import SCRIPT, STYLE
 from vlm_dft.report_watch import watch_section
 from vlm_dft.reporting import BASE, find_comparison, percent, table_rows
@@ -47,7 +47,7 @@ def render_report(
         _gauge(report),
         _results(report),
         _curves(curves),
-        watch_section(watched or {}, report["training"], {name: _colour([BASE, *curves], name) for name in curves}),
+        watch_section(watched or {}, report["training"], {name: run_colour([BASE, *curves], name) for name in curves}),
         _samples(list(report["runs"]), samples, scores, responses),
         _account(report["accounting"]),
         _provenance(report),
@@ -139,13 +139,13 @@ def _results(report: Mapping[str, Any]) -> str:
     trained = [run for run in runs if run != BASE]
     pairs += [(b, a) for k, a in enumerate(trained) for b in trained[k + 1 :]]
     pairs = [pair for pair in pairs if find_comparison(report, rows[0], *pair)]
-    head = "".join(f"<th><i class='dot {_colour(runs, run)}'></i>{escape(run)}</th>" for run in runs)
+    head = "".join(f"<th><i class='dot {run_colour(runs, run)}'></i>{escape(run)}</th>" for run in runs)
     head += "".join(f"<th>{escape(run)} − {escape(against)}</th>" for run, against in pairs)
     body = "".join(_table_row(report, row, runs, pairs) for row in rows)
-    figures = "".join(bars(rows, split, {run: _colour(runs, run) for run in runs}) for split in _splits(rows))
+    figures = "".join(bars(rows, split, {run: run_colour(runs, run) for run in runs}) for split in _splits(rows))
     return (
         "<section><h2>Accuracy</h2>"
-        f"<div class=legend>{''.join(_legend(runs, run) for run in runs)}"
+        f"<div class=legend>{''.join(legend_entry(runs, run) for run in runs)}"
         "<span>whiskers: 95 % Wilson interval</span></div>"
         f"<div class=figures>{figures}</div>"
         f"<div class=scroll><table><thead><tr><th>split, task</th><th>n</th>{head}</tr></thead>"
@@ -193,8 +193,8 @@ def _curves(curves: Mapping[str, Rows]) -> str:
     logged = {name: rows for name, rows in curves.items() if rows}
     if not logged:
         return ""
-    colours = {name: _colour([BASE, *curves], name) for name in curves}
-    legend = "".join(_legend([BASE, *curves], name) for name in logged) if len(logged) > 1 else ""
+    colours = {name: run_colour([BASE, *curves], name) for name in curves}
+    legend = "".join(legend_entry([BASE, *curves], name) for name in logged) if len(logged) > 1 else ""
     figures = "".join(curves_figure(logged, key, title, colours) for key, title in CURVES)
     for name, rows in logged.items():
         figures += moving_histogram(rows, "how p moves" if len(logged) == 1 else f"how p moves: {name}")
@@ -334,15 +334,6 @@ def _provenance(report: Mapping[str, Any]) -> str:
     return (
         f"<section><details><summary>Versions and places</summary><table class=plain>{rows}</table></details></section>"
     )
-
-
-def _legend(runs: Sequence[str], run: str) -> str:
-    return f"<span><i class='dot {_colour(runs, run)}'></i>{escape(run)}</span>"
-
-
-def _colour(runs: Sequence[str], run: str) -> str:
-    """base is grey; the others take colours in order."""
-    return "c0" if run == BASE else f"c{1 + [r for r in runs if r != BASE].index(run) % 5}"
 
 
 def _splits(rows: Rows) -> list[str]:

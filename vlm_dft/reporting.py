@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_dft.chat import Sample
-from vlm_dft.metrics import compare
+from vlm_dft.metrics import compare, labels
 from vlm_dft.predictions import read_jsonl
 from vlm_dft.runs import versions, write_json, write_text
 
@@ -69,11 +69,11 @@ def comparisons(scores: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[
     for against, run in combinations(scores, 2):
         for split in dict.fromkeys(row["split"] for row in scores[against]):
             rows = {name: [row for row in scores[name] if row["split"] == split] for name in (against, run)}
-            values = sorted({pair for row in rows[against] for pair in row["groups"].items()})
+            values = sorted(
+                {(group, v) for row in rows[against] for group in row["groups"] for v in labels(row, group)}
+            )
             for group, value in [(None, None), *values]:
-                a, b = (
-                    [r for r in rows[n] if group is None or r["groups"].get(group) == value] for n in (against, run)
-                )
+                a, b = ([r for r in rows[n] if group is None or value in labels(r, group)] for n in (against, run))
                 found.append(
                     {"run": run, "against": against, "split": split, "group": group, "value": value, **compare(a, b)}
                 )

@@ -18,11 +18,12 @@ from vlm_dft.columns import fill
 from vlm_dft.errors import CardError, RowError
 from vlm_dft.file_formats import COUNTS, READERS, count_in, file_rows, kind_of
 from vlm_dft.hub_sets import check_copies, copies_of, hub_rows, local_files
+from vlm_dft.renaming import check_renaming, renamed
 from vlm_dft.sources import bare_base64
 from vlm_dft.table_files import arrow_files, is_arrow_folder
 
 PLACES = ("embedded", "files", "hub", "prepared")
-SOURCE_KEYS = {*PLACES, "config", "split", "revision", "kind", "copy"}
+SOURCE_KEYS = {*PLACES, "config", "split", "revision", "kind", "copy", "columns"}
 Row = dict[str, Any]
 
 
@@ -60,7 +61,11 @@ def source_root(source: Mapping[str, Any], data: str | Path | None, *, where: st
 
 def _check_values(source: Mapping[str, Any], where: str) -> None:
     """Raise CardError for a value of a source that is no text (a revision of digits is a number in YAML), or is of no use beside files."""
+    if "columns" in source:
+        check_renaming(source["columns"], where=f"{where}, source")
     for key, value in source.items():
+        if key == "columns":
+            continue
         listed = key in ("files", "embedded", "copy") and isinstance(
             value, list
         )  # whose items are looked at one by one
@@ -86,10 +91,14 @@ def read_rows(
     """
     if "prepared" in source:
         raise CardError(f"{where}: prepared rows are examples already; they are opened as such.")
-    files = files_of(source, root, where=where)
+    files, columns = files_of(source, root, where=where), source.get("columns") or {}
     if "hub" in source and not files:
         for k, found in enumerate(hub_rows(source, where=where, start=start), start):
-            yield {**found, "id": _id(found, k)}
+            named = _named(found, columns, f"{where}, row {k}")
+            if isinstance(named, Mapping):
+                yield {**named, "id": _id(named, k)}
+            else:
+                _tell(broken, str(k), named)
         return
     place = numbers = 0  # of the next file's first row
     for path, name in files:
@@ -107,13 +116,26 @@ def read_rows(
             if place <= start:
                 continue
             own = numbers + key if isinstance(key, int) else key
-            if not isinstance(row, RowError):
-                yield {**row, "id": _id(row, own)}
-            elif broken is None:
-                raise row
+            row = row if isinstance(row, RowError) else _named(row, columns, f"{name}, row {key}")
+            if isinstance(row, RowError):
+                _tell(broken, str(own), row)
             else:
-                broken(str(own), row)
+                yield {**row, "id": _id(row, own)}
         numbers += last + 1
+
+
+def _named(row: Row, columns: Mapping[str, Any], where: str) -> Row | RowError:
+    """The row with its columns renamed, or why they cannot be."""
+    try:
+        return renamed(row, columns, where=where) if columns else row
+    except RowError as error:
+        return error
+
+
+def _tell(broken: Callable[[str, RowError], None] | None, row_id: str, error: RowError) -> None:
+    if broken is None:
+        raise error
+    broken(row_id, error)
 
 
 def _id(row: Mapping[str, Any], otherwise: int | str) -> str:

@@ -19,6 +19,7 @@ from transformers.trainer_callback import PrinterCallback
 from vlm_dft.adapters import quantization_of
 from vlm_dft.agreement import agreed, check_same_examples
 from vlm_dft.arguments import fit_fsdp, training_arguments_of
+from vlm_dft.as_trained import system_of, with_system
 from vlm_dft.benchmarks import load_benchmark
 from vlm_dft.boards import Boards
 from vlm_dft.chat import Example
@@ -45,6 +46,7 @@ from vlm_dft.pace import Pace
 from vlm_dft.parts import Parts, draw_parts, prepare_parts
 from vlm_dft.progress import Metrics
 from vlm_dft.proof import SEEING, GradientProof
+from vlm_dft.recipes import read_recipe
 from vlm_dft.recompute import use_recompute
 from vlm_dft.runs import sweep, write_json
 from vlm_dft.segment_attention import check_packing, use_segment_attention
@@ -349,7 +351,10 @@ def _watch(config: TrainConfig, processor: Any, folder: Path) -> Watch | None:
     settings = config.evaluation
     if not settings.get("evaluate_every"):
         return None
-    splits = load_benchmark(str(config.benchmark), config.data, limit=settings.get("watch_limit", DEFAULT_LIMIT))
+    splits = with_system(
+        load_benchmark(str(config.benchmark), config.data, limit=settings.get("watch_limit", DEFAULT_LIMIT)),
+        system_of(read_recipe(config.recipe), config.data),
+    )
     return Watch(
         splits, make_collator(processor, config, packing=False), folder, every=settings["evaluate_every"],
         keep_best=bool(settings.get("keep_best")), patience=settings.get("patience"),

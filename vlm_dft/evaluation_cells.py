@@ -1,0 +1,87 @@
+"""Evaluation cells: a comparing.compare_runs report in; its rows, and its numbers as words, for the page and the terminal, out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from vlm_dft.reporting import percent
+
+Rows = Sequence[Mapping[str, Any]]
+Report = Mapping[str, Any]
+
+
+def splits_of(report: Report) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    """(benchmark, split, its {"runs", "comparisons"}) of a report, in order."""
+    for benchmark, splits in report["benchmarks"].items():
+        for split, found in splits.items():
+            yield benchmark, split, found
+
+
+def group_rows(found: Mapping[str, Any], group: str, title: str) -> list[dict[str, Any]]:
+    """A row for the whole and for every value of a group: {"split": title, "group", "value", "count", "cells": {run: measured}}.
+
+    A value that some run has no sample of is left to the runs that have.
+    """
+    runs = found["runs"]
+    rows: list[dict[str, Any]] = [{"split": title, "group": None, "value": None, "cells": dict(runs)}]
+    values = dict.fromkeys(value for measured in runs.values() for value in measured["groups"].get(group, {}))
+    for value in values:
+        cells = {run: m["groups"][group][value] for run, m in runs.items() if value in m["groups"].get(group, {})}
+        rows.append({"split": title, "group": group, "value": value, "cells": cells})
+    return [{**row, "count": max(cell["count"] for cell in row["cells"].values())} for row in rows]
+
+
+def number(value: Any) -> str:
+    """A count with its thousands, a share as per cent, words as they are; nothing for None."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{100 * value:.1f}" if -1 <= value <= 1 else f"{value:,.1f}"
+    return "" if value is None else str(value)
+
+
+def extra_rows(found: Mapping[str, Any]) -> list[tuple[str, dict[str, tuple[str, str]]]]:
+    """(name, {run: (official, robust)}) of everything in the runs' extra metrics, as words: a share with its error, or a number."""
+    rows: dict[str, dict[str, tuple[str, str]]] = {}
+    for run, measured in found["runs"].items():
+        for name, value in (measured.get("extra") or {}).items():
+            robust = value.get("robust") if isinstance(value, Mapping) else None
+            for said, *cells in _leaves(name.replace("_", " "), value, robust):
+                rows.setdefault(said, {})[run] = (cells[0], cells[1])
+    return list(rows.items())
+
+
+def _leaves(name: str, value: Any, robust: Any) -> Iterator[tuple[str, str, str]]:
+    """(name, official, robust) of every value in nested dicts; a dict with a standard error is one value."""
+    if not isinstance(value, Mapping) or "stderr" in value:
+        yield name, _value(value), _value(robust)
+        return
+    for key, item in value.items():
+        if key != "robust":
+            other = robust.get(key) if isinstance(robust, Mapping) else None
+            yield from _leaves(f"{name}, {str(key).replace('_', ' ')}", item, other)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return percent(value.get("accuracy", value.get("value")), value["stderr"])
+    return number(value)
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names as a sentence lists them: "a, b and c"."""
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def said_p(value: float | None) -> str:
+    """A p value as it is read: never "0.000"."""
+    return "" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def decided(rows: Mapping[str, Rows]) -> str:
+    """Who decided a run's verdicts: "rule 1,998, gpt-4o 2"."""
+    found = Counter(str(row.get("decided_by", "rule")) for some in rows.values() for row in some)
+    return ", ".join(f"{who} {count:,}" for who, count in found.most_common())

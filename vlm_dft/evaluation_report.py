@@ -1,0 +1,142 @@
+"""Evaluation report: a comparing.compare_runs report in; terminal tables, report.json and report.html out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vlm_dft.chat import Sample
+from vlm_dft.evaluation_cells import Report, Rows, extra_rows, group_rows, number, said_p, splits_of
+from vlm_dft.evaluation_html import render_evaluation
+from vlm_dft.reporting import percent
+from vlm_dft.runs import write_json, write_text
+
+MOST_VALUES = 12  # of a group in the terminal; the others are in the page
+FIRST = 24  # characters of the first column
+WIDEST_GROUPS = 3  # runs side by side in 80 columns
+
+
+def write_evaluation(
+    output: Path,
+    report: Report,
+    *,
+    samples: Mapping[str, Sequence[Sample]],
+    scores: Mapping[str, Mapping[str, Rows]],
+    responses: Mapping[str, Mapping[str, Rows]],
+) -> None:
+    """Write report.html and then report.json into `output`.
+
+    samples: {benchmark: [Sample]}, a benchmark without its data left out: the page then lists verdicts without questions.
+    scores and responses: {run: {benchmark: rows of scores.jsonl, of predictions.jsonl}}, of each run's first seed.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    page = render_evaluation(report, samples=samples, scores=scores, responses=responses)
+    write_text(output / "report.html", page)
+    write_json(output / "report.json", _finite(report))
+
+
+def evaluation_tables(report: Report) -> list[Any]:
+    """Rich tables of at most 80 columns: scores, further metrics, groups, and the comparisons where there are any."""
+    tables = [_scores(report), _extra(report), *_groups(report), _comparisons(report)]
+    return [table for table in tables if table is not None and table.row_count]
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for what JSON has no number for."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _table(first: str, *titles: str, caption: str | None = None) -> Any:
+    """A narrow table: the first column left and folded where it must be, the others right."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), caption=caption, caption_justify="left")
+    table.add_column(first, overflow="fold", max_width=FIRST)
+    for title in titles:
+        table.add_column(title, justify="right", no_wrap=True)
+    return table
+
+
+def _text(value: Any, *, bold: bool = False, indent: int = 0) -> Any:
+    """A cell whose words are shown as they are, never as markup."""
+    from rich.text import Text
+
+    return Text(" " * indent + str(value), style="bold" if bold else "")
+
+
+def _scores(report: Report) -> Any:
+    table = _table(
+        "benchmark, run", "n", "official", "95 %", "robust", "abst.", "cut",
+        caption="accuracy in % ± standard error; abst.: no answer found (official rule); cut: at the token limit",
+    )  # fmt: skip
+    for benchmark, split, found in splits_of(report):
+        table.add_row(_text(f"{benchmark}, {split}", bold=True))
+        for run, m in found["runs"].items():
+            robust = m.get("robust")
+            table.add_row(
+                _text(run, indent=2), number(m["count"]), percent(m["accuracy"], m["stderr"]),
+                f"{100 * m['low']:.1f}–{100 * m['high']:.1f}", percent(robust["accuracy"], robust["stderr"]) if robust else "",
+                number(m.get("abstained")), number(m.get("cut")),
+            )  # fmt: skip
+    return table
+
+
+def _extra(report: Report) -> Any:
+    rows = [(benchmark, split, extra_rows(found)) for benchmark, split, found in splits_of(report)]
+    runs = list(dict.fromkeys(run for _, _, found in rows for _, cells in found for run in cells))
+    table = _table("further metrics", *runs, caption="by the official rule; shares in % ± standard error")
+    for benchmark, split, found in rows:
+        if found:
+            table.add_row(_text(f"{benchmark}, {split}", bold=True))
+        for name, cells in found:
+            table.add_row(_text(name, indent=2), *(cells.get(run, ("", ""))[0] for run in runs))
+    return table
+
+
+def _groups(report: Report) -> Iterator[Any]:
+    """A table per few runs: their official accuracy by the values of every group that is not too long."""
+    names = list(report["runs"])
+    long = False
+    for k in range(0, len(names), WIDEST_GROUPS):
+        runs = names[k : k + WIDEST_GROUPS]
+        table = _table("official, by group", "n", *runs)
+        for benchmark, split, found in splits_of(report):
+            for group in dict.fromkeys(name for m in found["runs"].values() for name in m["groups"]):
+                rows = group_rows(found, group, split)[1:]
+                long = long or len(rows) > MOST_VALUES
+                if len(rows) > MOST_VALUES or not any(run in found["runs"] for run in runs):
+                    continue
+                table.add_row(_text(f"{benchmark}, {split}: {group}", bold=True))
+                for row in rows:
+                    cells = (row["cells"].get(run) for run in runs)
+                    said = (percent(cell["accuracy"], cell["stderr"]) if cell else "" for cell in cells)
+                    table.add_row(_text(row["value"], indent=2), number(row["count"]), *said)
+        table.caption = f"groups of more than {MOST_VALUES} values: in report.html" if long else None
+        yield table
+
+
+def _comparisons(report: Report) -> Any:
+    table = _table(
+        "run − against", "Δ", "95 %", "won, lost", "p", "needed",
+        caption="Δ: points, paired on the same samples; won, lost: samples that the run alone, or the other alone, does better on; needed: "
+        "samples that would settle it. By group: in report.html",
+    )  # fmt: skip
+    for benchmark, split, found in splits_of(report):
+        rows = [row for row in found["comparisons"] if row["group"] is None]
+        for rule in dict.fromkeys(row["rule"] for row in rows):
+            table.add_row(_text(f"{benchmark}, {split}, {rule}", bold=True))
+            for row in (row for row in rows if row["rule"] == rule):
+                needed = row["samples_needed"]
+                table.add_row(
+                    _text(f"{row['run']} − {row['against']}", indent=2), percent(row["difference"], signed=True),
+                    f"{100 * row['low']:+.1f} {100 * row['high']:+.1f}", f"{number(row['only_second'])}, {number(row['only_first'])}",
+                    said_p(row["p_value"]), "–" if needed is None else number(needed),
+                )  # fmt: skip
+    return table
