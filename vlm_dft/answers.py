@@ -24,6 +24,7 @@ from vlm_dft.statements import (
     Statement,
     bare,
     conclusions,
+    restates,
     segments,
     sentences,
     settled,
@@ -86,15 +87,11 @@ class Asking(NamedTuple):
 
 def stated_in(text: str, kind: Kind, asking: Asking) -> Extracted:
     """What one settled text that answers one question says its answer is."""
-    whole, letters = bare((asking.question or "")[:4_000]), option_letters(asking.choices)
+    whole = bare((asking.question or "")[:4_000])
     text = without_listing(text) if kind == "choice" else text
     for one in reversed(_strict(statements(text), text) if kind in ("text", "expression") else statements(text)):
-        if (
-            len(one.text) >= 12
-            and bare(one.text) in whole
-            and not (kind == "choice" and leading_letter(one.text, letters))
-        ):
-            continue  # the question's own words, but for an option that is quoted with its letter
+        if kind != "choice" and restates(one.text, whole):
+            continue  # an option may stand in the question
         if found := READERS[kind](one.text, asking):
             return Extracted(found, one.rule)
         if ABSTAINS.search(one.text):
