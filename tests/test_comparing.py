@@ -328,7 +328,8 @@ def test_a_file_in_another_encoding_is_refused(tmp_path: Path) -> None:
 
 def row(**given: Any) -> dict[str, Any]:
     known = {"run": "DFT", "against": "SFT", "difference": 0.019, "low": -0.004, "high": 0.042, "p_value": 0.11, "count": 1000,
-             "samples_needed": 2345, "detectable": 0.03, "benchmark": "quiz", "split": "test", "rule": "official", "group": None, "p_adjusted": None}  # fmt: skip
+             "samples_needed": 2345, "detectable": 0.03, "benchmark": "quiz", "split": "test", "rule": "official",
+             "group": None, "p_adjusted": None}  # fmt: skip
     return {**known, **given}
 
 
