@@ -9,7 +9,6 @@ from typing import Literal, NamedTuple
 from vlm_dft.number_reading import asked_numbers, stated_number
 from vlm_dft.option_reading import (
     DENIED,
-    bare_letters,
     judged_option,
     leading_letter,
     leading_option,
@@ -22,6 +21,7 @@ from vlm_dft.option_reading import (
 from vlm_dft.statements import (
     ABSTAINS,
     AIMS,
+    Statement,
     bare,
     conclusions,
     segments,
@@ -88,7 +88,7 @@ def stated_in(text: str, kind: Kind, asking: Asking) -> Extracted:
     """What one settled text that answers one question says its answer is."""
     whole = bare((asking.question or "")[:4_000])
     text = without_listing(text) if kind == "choice" else text
-    for one in reversed(statements(text)):
+    for one in reversed(_strict(statements(text), text) if kind in ("text", "expression") else statements(text)):
         if len(one.text) >= 12 and bare(one.text) in whole:
             continue
         if found := READERS[kind](one.text, asking):
@@ -96,6 +96,15 @@ def stated_in(text: str, kind: Kind, asking: Asking) -> Extracted:
         if ABSTAINS.search(one.text):
             return Extracted(None, "abstains")
     return UNANNOUNCED[kind](text, asking)
+
+
+ANSWER = re.compile(r"(?:final\s+)?answer|####|故?答案", re.IGNORECASE)
+
+
+def _strict(found: list[Statement], text: str) -> list[Statement]:
+    """Where anything may be the answer: boxes and tags, else what follows the word answer."""
+    strong = [one for one in found if one.rule != "announced"]
+    return strong or [one for one in found if ANSWER.match(text, one.start)]
 
 
 def _choice(text: str, asking: Asking) -> str | None:
@@ -111,14 +120,12 @@ def _choice_unannounced(text: str, asking: Asking) -> Extracted:
     if letter := leading_letter(text, letters) or (leading_option(text, choices) if choices else None):
         return Extracted(letter, "leading option")
     for part in conclusions(text, asking.question)[:3]:
-        found = named_option(part, choices)
+        found = named_option(part, choices, bare=False)
         if found and not (DENIED.search(part) and leading_letter(part, letters)):
             return Extracted(found, "concluding sentence")
         if ABSTAINS.search(part):
             return Extracted(None, "abstains")
-    named = set(letters_named(text, letters)) or set(
-        options_quoted(text, choices) if choices else bare_letters(text, letters)
-    )
+    named = set(letters_named(text, letters)) or set(options_quoted(text, choices) if choices else "")
     return Extracted(named.pop(), "only option") if len(named) == 1 else Extracted(None, "no option stated")
 
 
@@ -149,11 +156,15 @@ def _number_unannounced(text: str, asking: Asking) -> Extracted:
 
 
 LIST = re.compile(r"\[[^\[\]]{1,400}\]")
+ROW = re.compile(r"-?\d{1,20}(?:\.\d{1,20})?(?:\s?,\s?-?\d{1,20}(?:\.\d{1,20})?)+")
 
 
 def _list(text: str, asking: Asking) -> str | None:
-    found = LIST.findall(text)
-    return found[-1] if found else None
+    """The last list in brackets, else numbers with commas and nothing else."""
+    if found := LIST.findall(text):
+        return str(found[-1])
+    row = ROW.fullmatch(text.strip(" $.*{}()")[:SHORT])
+    return f"[{row[0]}]" if row else None
 
 
 def _list_unannounced(text: str, asking: Asking) -> Extracted:
@@ -163,6 +174,15 @@ def _list_unannounced(text: str, asking: Asking) -> Extracted:
 
 def _written(text: str, asking: Asking) -> str | None:
     return text.strip(" *_`\"'").rstrip(".").strip() or None
+
+
+MATH = re.compile(r"\$\$?([^$]{1,300})\$|\\\(([^$]{1,300}?)\\\)")
+
+
+def _expression(text: str, asking: Asking) -> str | None:
+    """What is written; of a sentence with one formula, the formula."""
+    formulas = MATH.findall(text)
+    return _written("".join(formulas[0]) if len(formulas) == 1 else text, asking)
 
 
 def _written_unannounced(text: str, asking: Asking) -> Extracted:
@@ -181,12 +201,8 @@ def _expression_unannounced(text: str, asking: Asking) -> Extracted:
     return _written_unannounced(text, asking)
 
 
-def _number(text: str, asking: Asking) -> str | None:
-    return stated_number(text)
-
-
 READERS: dict[str, Callable[[str, Asking], str | None]] = {
-    "choice": _choice, "number": _number, "list": _list, "text": _written, "expression": _written,
+    "choice": _choice, "number": _number, "list": _list, "text": _written, "expression": _expression,
 }  # fmt: skip
 """How the text of a statement is read, by kind."""
 

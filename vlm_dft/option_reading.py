@@ -15,6 +15,9 @@ LETTERS = "ABCDEFGH"
 """Option letters where the options are in the picture."""
 
 MARKS = " \t\r\n*_`\"'“”‘’$#>.,;:!{}\\"
+CALLED = re.compile(
+    r"(?<![\w'’\\])([A-Z])[*)\"']{0,3},? (?:is|would be|must be|seems) (?:the )?(?:most )?(?:correct|right|best|answer|likely)\b"
+)
 BRACKETED = re.compile(r"[(\[]\s?\**([A-Za-z])\**\s?[.:]?\s?[)\]]")
 KINDS = "options? choices? answers? letter figure diagram picture image set statement cube box".replace(" ", "|")
 NAMED = re.compile(rf"(?:\b(?:{KINDS})\s+[*\"'(\[]{{0,3}}|选项?\s?|答案\s?)([A-Z])(?![A-Za-z]|[-'’]\w)", re.IGNORECASE)
@@ -62,8 +65,8 @@ def leading_letter(text: str, letters: str) -> str | None:
 
 
 def letters_named(text: str, letters: str) -> list[str]:
-    """The letters a text names, in order: in brackets, else after "option" and the like."""
-    for pattern in (BRACKETED, NAMED):
+    """The letters a text names, in order: those it calls right, else in brackets, else after "option" and the like."""
+    for pattern in (CALLED, BRACKETED, NAMED):
         named = [m[1].upper() for m in pattern.finditer(text) if m[1].upper() in letters]
         if named:
             return named
@@ -127,8 +130,11 @@ def leading_option(text: str, choices: Sequence[str]) -> str | None:
     return same_option(found[0], choices)
 
 
-def named_option(text: str, choices: Sequence[str] | None) -> str | None:
-    """The one option that a piece of text names; None where it names none or several."""
+def named_option(text: str, choices: Sequence[str] | None, *, bare: bool = True) -> str | None:
+    """The one option that a piece of text names; None where it names none or several.
+
+    bare: a capital that stands alone is a letter; else it may be the name of a point.
+    """
     letters = option_letters(choices)
     if choices and (same := same_option(text, choices)):
         return same
@@ -139,11 +145,11 @@ def named_option(text: str, choices: Sequence[str] | None) -> str | None:
     for named in ([] if denied else letters_named(text, letters), quoted):
         if len(set(named)) == 1:
             return named[0]
-        if named and (head := main_clause(text)) != text and (found := named_option(head, choices)):
+        if named and (head := main_clause(text)) != text and (found := named_option(head, choices, bare=bare)):
             return found
     if choices and (found := numeric_option(text, choices)):
         return found
-    named = [] if denied or quoted else bare_letters(text, letters)
+    named = bare_letters(text, letters) if bare and not denied and not quoted else []
     return named[0] if len(set(named)) == 1 else None
 
 

@@ -50,6 +50,9 @@ def settled(response: str) -> str:
     return ITEM.sub("", text) if len(ITEM.findall(text)) > 1 else text
 
 
+LONE = re.compile(r"(?:\A|[^A-Z\s)][ \t]*\n|:)[\s*_$#]{0,8}(\(?[A-Z]\)?)[\s*_$.]{0,8}\Z")
+"""A last line that is a letter, or ends in a colon and a letter."""
+
 RUN_ON = re.compile(r"(?:^|\n)[ \t*#]{0,6}(?:Question|Q|问题|Problem|Human|User|Hint)\s?\d{0,3}\**\s?:", re.IGNORECASE)
 
 
@@ -69,10 +72,16 @@ def _begins_alike(one: str, other: str) -> bool:
 BOX = re.compile(r"\\?f?boxed\s?\{|\\fbox\s?\{")
 TAG = re.compile(r"<answer>|<final_answer>|<\|begin_of_solution\|>|<\|begin_of_box\|>|<ans>", re.IGNORECASE)
 TAG_END = re.compile(r"</?answer>|</final_answer>|<\|end_of_\w{3,8}\|>|</ans>", re.IGNORECASE)
-NOUN = r"(?:answers?|option|choice|solution(?! ?:)|result|conclusion|selection|letter|final (?:value|number|count|amount|total))"
+NOUN = (
+    r"(?<![A-Za-z])(?<!each )(?<!every )(?<!following )(?<!other )(?<!all )(?<!these )"
+    r"(?:answers?|ans|option|choice|solution(?! ?:)|result|conclusion|selection|letter|final (?:value|number|count|amount|total)"
+    r"|réponse|respuesta|antwort|lösung|risposta|resposta|ответ)\b"
+)
 CUE = re.compile(
-    rf"(?<![A-Za-z])(?<!each )(?<!every )(?<!following )(?<!other )(?<!all )(?<!these ){NOUN}\b[*_\"'`]{{0,3}}(?:[^.\n:=]|\.(?=\d)){{0,90}}?(?:\b(?:is|are|was|be|becomes|remains)\b(?!\s+(?:not\b|n't))|[:=]|->|→)[*_ ]{{0,4}}"
-    r"|(?:答案|正确选项|正确答案|选项|结果|结论)[^。\n]{0,12}?[是为:选]{1,2}\s?"
+    rf"{NOUN}[*_\"'`]{{0,3}}(?:[^.\n:=]|\.(?=\d)){{0,90}}?"
+    r"(?:\b(?:is|are|was|be|becomes|remains|est|es|ist|è|é)\b(?!\s+(?:not\b|n't))|[:=]|->|→)[*_ ]{0,4}"
+    r"|(?:答案|正确选项|正确答案|选项|结果|结论)[^。\n]{0,12}?[是为:选】]{1,2}\s?|(?:答え|正解|정답|답)\s?[は은는:]\s?"
+    r"|\b(?:(?:choose|chose|select(?:ed)?|pick(?:ed)?|go with|guess is)\s+|not \(?[A-H]\)?,? but )(?=(?:option |choice |answer )?[(*\"']{0,3}[A-H]\b)"
     r"|(?:故|所以|因此|应该?|则|可|综上,?)选择?\s?:?\s?|选择?\s?:?\s?(?=[(*]{0,3}[A-H])|####\s?",
     re.IGNORECASE,
 )
@@ -149,6 +158,8 @@ def without_listing(text: str) -> str:
 def statements(text: str) -> list[Statement]:
     """Every place of a settled text where an answer is stated outright, in the order of the text."""
     found = [*boxed(text), *tagged(text), *announced(text)]
+    if lone := LONE.search(text[-60:]):
+        found.append(Statement(lone[1], len(text), "last line"))
     return sorted((one for one in found if one.text), key=lambda one: one.start)
 
 
