@@ -21,7 +21,7 @@ from vlm_dft.chat import Sample
 from vlm_dft.foreign_predictions import Prediction
 from vlm_dft.official.mathvista import score_extraction
 from vlm_dft.rescoring import rescore
-from vlm_dft.runs import write_text
+from vlm_dft.runs import versions, write_text
 from vlm_dft.scoring import score_response
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,7 +42,10 @@ def main() -> None:
         cases_part(arguments.gold / "dev.jsonl"),
         others_part(published),
     ]
-    text = "# Published scores, again\n\nWritten by `python benchmarks/published.py`.\n\n" + "\n".join(parts)
+    text = (
+        f"# Published scores, again\n\n`python benchmarks/published.py`, commit {str(versions()['commit'])[:7]}.\n\n"
+        + "\n".join(parts)
+    )
     print(text)
     if arguments.markdown:
         write_text(arguments.markdown, text)
@@ -180,12 +183,14 @@ def others_part(published: Mapping[str, Any]) -> str:
         )
         for run in geometry.values()
     )
+    tabmwp = [run for run in published["tabmwp"].values() if isinstance(run, Mapping)]
+    same = sum(math.isclose(100 * run["correct"] / run["count"], run["published_acc"], abs_tol=6e-5) for run in tabmwp)
     rows = [
         [
             "TabMWP",
-            len(published["tabmwp"]),
-            "-",
-            "the output files are not here; problems of the whole test set (7,686) neither",
+            len(tabmwp),
+            same,
+            "from the published counts; output files and the whole test set's problems are not here",
         ],
         [
             "LogicVista",

@@ -111,9 +111,7 @@ def test_decoding_that_cannot_be_is_refused(words: dict[str, Any], said: str) ->
         Decoding(**words)
 
 
-def test_another_seed_is_refused_and_not_mixed(
-    model: Any, processor: Any, samples: list[Any], tmp_path: Path
-) -> None:
+def test_another_seed_is_refused_and_not_mixed(model: Any, processor: Any, samples: list[Any], tmp_path: Path) -> None:
     before = drawn(model, processor, samples[:1], tmp_path / "p.jsonl")
     with pytest.raises(ConfigError, match=r"decoding: \{.*'seed': 7\} there, \{.*'seed': 8\} now"):
         generate(model, ChatCollator(processor), samples[:1], tmp_path / "p.jsonl", decoding=Decoding(3, 1.5, seed=8))

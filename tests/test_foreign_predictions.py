@@ -354,8 +354,14 @@ def test_samples_are_made_of_the_rows_where_these_hold_them(tmp_path: Path) -> N
         and made.record["precision"] == 1
     )
     assert made.groups == {"task": "t", "skills": ("x", "y")} and (made.id, made.split) == ("3", "test")
-    with pytest.raises(RowError, match=r"holds no right answers .* --data DIR"):
-        samples_in(read_predictions(FILES["MATH-V"][0](tmp_path)).predictions, card, where="m")
+    for form in ("MATH-V", "lmms-eval"):  # whose target is no record
+        with pytest.raises(RowError, match=r"holds no right answers .* --data DIR"):
+            samples_in(read_predictions(FILES[form][0](tmp_path)).predictions, card, where="m")
+    path = lines(tmp_path / "m.jsonl", [{**row, "choices": None}])
+    with pytest.raises(RowError, match=r"1 rows are of multiple choice and do not say their choices \(first: '3'\)"):
+        samples_in(read_predictions(path).predictions, card, where="m")
+    path = lines(tmp_path / "l.jsonl", [{"doc_id": 0, "doc": row, "target": "B", "resps": [["p"]]}])
+    assert samples_in(read_predictions(path).predictions, card, where="m")[0].record == made.record
 
 
 def test_choices_are_read_in_every_form_and_nothing_is_run() -> None:

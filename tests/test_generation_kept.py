@@ -97,7 +97,6 @@ def test_a_run_killed_at_any_step_ends_in_the_file_of_an_uninterrupted_one(
             path.write_bytes(found[: len(found) - event % 7])  # the last line only partly on the disk
         assert run(folder) == 0
         assert path.read_bytes() == whole
-    print('KILLS', kills)
     assert kills >= 10  # it did come to its end: every step was tried
 
 
@@ -114,7 +113,9 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_rows_are_the_same(
         if sizes[-1] > 3:
             if error == "cuda":
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
-            raise RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried")
+            raise RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried"
+            )
         return original(**words)
 
     monkeypatch.setattr(model, "generate", small)

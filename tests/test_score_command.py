@@ -6,7 +6,9 @@ import json
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Iterable, Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +112,14 @@ def test_a_runs_own_results_say_its_data_limit_and_protocol(bars: list[str], tmp
         "e",
         3,
     )
+
+
+def test_a_training_runs_folder_says_its_data_and_limit_too(bars: list[str], tmp_path: Path) -> None:
+    lines(tmp_path / "run/dft/predictions.jsonl", ANSWERS[:3])
+    (tmp_path / "run/config.yaml").write_text(yaml.safe_dump({"data": bars[3], "evaluation": {"eval_limit": 3}}))
+    assert score(tmp_path / "run/dft", *bars[:2], "--json", tmp_path / "r.json") == 0
+    said = json.loads((tmp_path / "r.json").read_text())
+    assert (said["model"], said["limit"], said["splits"]["test"]["count"]) == ("dft", 3, 3)
 
 
 def test_what_is_missing_is_refused_or_scored_in_sight(
@@ -222,6 +232,53 @@ def test_lmms_evals_samples_are_found_by_their_place(bars: list[str], tmp_path: 
     assert (
         said["splits"]["test"]["accuracy"] == 1 and said["source"]["matched_by"] == "place in the data, counted from 0"
     )
+
+
+def test_a_judge_is_asked_where_the_protocol_wants_one_and_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A server that always extracts B, and the same again without one: the replies are kept."""
+    asked = []
+
+    class Server(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked.append(self.rfile.read(int(self.headers["Content-Length"])))
+            reply = {"id": "1", "object": "chat.completion", "created": 0, "model": "m",
+                     "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "B"}}]}  # fmt: skip
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            self.wfile.write(json.dumps(reply).encode())
+
+        def log_message(self, *_: object) -> None: ...
+
+    row = {
+        "question": "Which?",
+        "choices": ["red", "blue"],
+        "answer": "blue",
+        "question_type": "multi_choice",
+        "answer_type": "text",
+        "metadata": {},
+    }
+    path = lines(
+        tmp_path / "output.jsonl",
+        [{**row, "pid": k, "response": f"It could be said, by {k} of us, to be like the sea."} for k in range(5)],
+    )
+    words = ["--benchmark", "mathvista", "--output", tmp_path / "out", "--judge-model", "m"]
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        assert score(path, *words, "--judge", f"http://127.0.0.1:{server.server_port}/v1") == 0
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert len(asked) == 5
+    rows = [json.loads(line) for line in (tmp_path / "out/mathvista/scores.jsonl").read_text().splitlines()]
+    assert [(r["correct"], r["extracted"]) for r in rows] == [(True, "B")] * 5 and {r["decided_by"] for r in rows} == {
+        "m"
+    }
+    assert score(path, *words, "--judge", f"http://127.0.0.1:{server.server_port}/v1") == 0
+    assert "judge m: 0 asked, 5 from the cache" in capsys.readouterr().out
 
 
 def test_scoring_imports_neither_torch_nor_transformers(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from vlm_dft.as_trained import Asking
 from vlm_dft.decoding import Decoding
 from vlm_dft.errors import ConfigError
 from vlm_dft.pictures import data_uri, resizer
+from vlm_dft.prediction_file import check_settings
 from vlm_dft.serving import NoServer, Server, ask_server, check_server
 
 QUICK = {"first_wait": 0.01, "retries": 3}
@@ -55,7 +56,11 @@ def fake() -> Iterator[Fake]:
 
         def send(self, status: int, body: bytes, **headers: str) -> None:
             self.send_response(status)
-            for name, value in {"Content-Type": "application/json", "Content-Length": str(len(body)), **headers}.items():
+            for name, value in {
+                "Content-Type": "application/json",
+                "Content-Length": str(len(body)),
+                **headers,
+            }.items():
                 self.send_header(name.replace("_", "-"), value)
             self.end_headers()
             self.wfile.write(body)
@@ -135,7 +140,10 @@ def test_pictures_are_resized_as_in_training(processor: Any) -> None:
     from vlm_dft.models import load_processor
 
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (277, 421, 3), np.uint8))
-    row = {"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}], "images": [noise]}
+    row = {
+        "messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}],
+        "images": [noise],
+    }
     trained = ChatCollator(load_processor("tiny", max_pixels=50_176)).prompts([row])
     uri = data_uri(noise, resizer(Asking(max_pixels=50_176), "served-name"), where="x")
     sent = Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
@@ -252,8 +260,6 @@ def test_changed_settings_are_refused(fake: Fake, samples: list[Any], tmp_path: 
     with pytest.raises(ConfigError, match=r"samples: 6 there, 5 now; rows: "):
         ask(fake, samples[:5], path)
     with pytest.raises(ConfigError, match="engine: 'openai' there, 'transformers' now"):
-        from vlm_dft.prediction_file import check_settings
-
         check_settings(path, {"engine": "transformers"})
 
 

@@ -21,9 +21,7 @@ def add_compare(commands: Any) -> None:
         "compare", help="compare evaluated runs: paired tests, intervals, samples needed", description=DESCRIPTION
     )
     compare.add_argument("runs", nargs="+", metavar="RUN", help="a folder, or label=FOLDER")
-    compare.add_argument(
-        "--baseline", metavar="LABEL", help="the run to compare with (default: base, or the first)"
-    )
+    compare.add_argument("--baseline", metavar="LABEL", help="the run to compare with (default: base, or the first)")
     compare.add_argument(
         "--rule",
         choices=("official", "robust"),

@@ -18,7 +18,8 @@ from vlm_dft.renaming import lettered as lettered_options
 
 LETTERS = "ABCDEFGHIJ"
 OTHER_NAMES = {"subject": "category", "level": "knowledge_level", "variant": "varid", "seed": "qid"}  # VLMEvalKit's
-CLUSTERS = ("cluster", "qid", "problem_index", "ID")  # what variants of one problem share
+CLUSTERS = ("qid", "cluster")  # what variants of one problem share, where a row lacks the card's column
+LISTING = ("mathvista", "tabmwp")  # scorers whose rule chooses among the choices' texts
 LISTED = 20_000  # characters of a list that is written as a text
 
 
@@ -29,11 +30,17 @@ def samples_in(predictions: Sequence[Prediction], card: Mapping[str, Any], *, wh
         sample_id = "/".join(prediction.key)
         if sample_id not in found:
             found[sample_id] = _sample(prediction, sample_id, card)
+    unlisted = [sample for sample in found.values() if card["scorer"] in LISTING and _unlisted(sample)]
+    if unlisted:
+        raise RowError(
+            f"{where}: {len(unlisted):,} rows are of multiple choice and do not say their choices (first: {unlisted[0].id!r}), to which "
+            "the official rule goes. Give the benchmark's own data: --data DIR."
+        )
     without = [sample for sample in found.values() if sample.record["gold_answer"] is None]
     if without:
         what = "no right answers" if len(without) == len(found) else f"no right answer in {len(without):,} rows"
         raise RowError(
-            f"{where} holds {what} (columns answer or target; first: {without[0].id!r}). Give the benchmark's own data: --data DIR."
+            f"{where} holds {what} (column answer, or lmms-eval's doc; first: {without[0].id!r}). Give the benchmark's own data: --data DIR."
         )
     return list(found.values())
 
@@ -41,7 +48,7 @@ def samples_in(predictions: Sequence[Prediction], card: Mapping[str, Any], *, wh
 def _sample(prediction: Prediction, sample_id: str, card: Mapping[str, Any]) -> Sample:
     row, scorer = prediction.row, str(card["scorer"])
     choices = choices_of(row)
-    golds = (str(card.get("answer", "answer")), "answer", "target", "gold_answer")
+    golds = [str(card.get("answer", "answer")), "answer", "gold_answer", *(["target"] if "doc" in row else [])]
     gold = next((row[name] for name in golds if row.get(name) is not None), None)
     kind = row.get("question_type") or row.get("ques_type") or ("multi_choice" if choices else "free_form")
     record = {
@@ -55,9 +62,14 @@ def _sample(prediction: Prediction, sample_id: str, card: Mapping[str, Any]) -> 
         "scorer": scorer,
         **{name: value for name in EXTRAS if (value := _named(row, name)) is not None},
     }
-    cluster = next((as_text(row[name]) for name in CLUSTERS if row.get(name) not in (None, "")), None)
+    shared = (str(card["cluster"]), *CLUSTERS) if "cluster" in card else ()
+    cluster = next((as_text(row[name]) for name in shared if row.get(name) not in (None, "")), None)
     groups = groups_of(row, card.get("groups") or ())
     return Sample(sample_id, [], [], str(card["name"]), _split(row), record, groups, cluster)
+
+
+def _unlisted(sample: Sample) -> bool:
+    return sample.record["question_type"] == "multi_choice" and not sample.record["choices"]
 
 
 def _named(row: Mapping[str, Any], name: str) -> Any:

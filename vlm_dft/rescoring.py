@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from vlm_dft.benchmarks import load_benchmark, read_benchmark
 from vlm_dft.chat import Sample
 from vlm_dft.errors import UserError
@@ -116,17 +118,26 @@ def _own_rows(pairs: Iterable[tuple[Sample, Prediction]]) -> Iterable[dict[str, 
 
 
 def _about(file: ForeignFile) -> dict[str, Any]:
-    """What results.json beside our own predictions says of them."""
-    beside = file.path.with_name("results.json")
-    if file.format.name != "vlm-dft" or not beside.is_file():
+    """What is said beside our own predictions of how they were made: results.json of an evaluation, else config.yaml of a training run."""
+    if file.format.name != "vlm-dft":
         return {}
+    folder = file.path.absolute().parent
+    beside = folder / "results.json"
+    configs = [path for path in (folder / "config.yaml", folder.parent / "config.yaml") if path.is_file()]
     try:
-        found = json.loads(beside.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        if beside.is_file():
+            found = json.loads(beside.read_text(encoding="utf-8"))
+        elif configs:
+            config = yaml.safe_load(configs[0].read_text(encoding="utf-8"))
+            evaluation = config.get("evaluation") or {}
+            found = {"model": folder.name, "data": config.get("data"), "limit": evaluation.get("eval_limit")}
+        else:
+            return {}
+        return {key: found[key] for key in ABOUT if found.get(key) is not None}
+    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
         raise UserError(
-            f"{beside} cannot be read ({error}). Remove it, and give --data where the benchmark needs it."
+            f"What is beside {file.path} cannot be read ({error}). Remove it, and give --data where the benchmark needs it."
         ) from error
-    return {key: found[key] for key in ABOUT if found.get(key) is not None} if isinstance(found, dict) else {}
 
 
 def _samples(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -128,23 +128,30 @@ def results_table(results: Mapping[str, Any]) -> Any:
         for group, values in whole["groups"].items():
             for value, found in values.items():
                 table.add_row(f"  {group}: {value}", *_cells(found))
-        for name, extra in (whole.get("extra") or {}).items():
-            table.add_row(f"  {name}", *_extra(extra))
+        for name, found in _shares(whole.get("extra") or {}):
+            table.add_row(f"  {name}", *_cells(found))
     return table
 
 
+def _shares(extra: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(name, measured) of everything in a split's named metrics that has an accuracy."""
+    for name, found in extra.items():
+        if isinstance(found, Mapping) and name != "robust":
+            label = f"{above} {name}".strip()
+            if "accuracy" in found:
+                yield label, found
+            yield from _shares(found, label)
+
+
 def _cells(found: Mapping[str, Any]) -> list[str]:
+    """n, accuracy and abstentions by the official rule, then by the robust one."""
     from vlm_dft.reporting import percent
 
-    cells = [f"{found['count']:,}", percent(found["accuracy"], found["stderr"]), str(found["abstained"])]
+    cells = [
+        f"{found['count']:,}" if "count" in found else "",
+        percent(found["accuracy"], found.get("stderr")),
+        str(found.get("abstained", "")),
+    ]
     if robust := found.get("robust"):
-        cells += [percent(robust["accuracy"], robust["stderr"]), str(robust["abstained"])]
+        cells += [percent(robust["accuracy"], robust.get("stderr")), str(robust.get("abstained", ""))]
     return cells
-
-
-def _extra(extra: Mapping[str, Any]) -> list[str]:
-    from vlm_dft.reporting import percent
-
-    if "accuracy" in extra:
-        return [str(extra.get("count", "")), percent(extra["accuracy"], extra.get("stderr"))]
-    return []
