@@ -91,7 +91,7 @@ CUE = re.compile(
     r"(?:\b(?:is|are|was|be|becomes|remains|est|es|ist|è|é)\b(?!\s+(?:not\b|n't))|[:=]|->|→)[*_ ]{0,4}"
     r"|(?:答案|正确选项|正确答案|选项|结果|结论)[^。\n]{0,12}?[是为:选】]{1,2}\s?|(?:答え|正解|정답|답)\s?[は은는:]\s?"
     r"|\b(?:(?:choose|chose|select(?:ed)?|pick(?:ed)?|go with|guess is)\s+|not \(?[A-H]\)?,? but )(?=(?:option |choice |answer )?[(*\"']{0,3}[A-H]\b)"
-    r"|(?:故|所以|因此|应该?|则|可|综上,?)选择?\s?:?\s?|选择?\s?:?\s?(?=[(*]{0,3}[A-H])|####\s?"
+    r"|(?:故|所以|因此|应该?|则|可|综上,?)选择?\s?:?\s?|选择?\s?:?\s?(?=[(*]{0,3}[A-H])|[是为]\s?(?=[(*]{0,3}[A-H][)*]{0,3}\s?(?:[。.,(]|$))|####\s?"
     r"|\bsolution\s?:\s?(?=[(*]{0,3}[A-H]\b[)*.]{0,3}[ \t]*(?:\n|$))",
     re.IGNORECASE,
 )
@@ -191,7 +191,7 @@ ABSTAINS = re.compile(
 
 CONCLUDES = re.compile(
     r"[\s*_#>\"']{0,6}(?:(?:therefore|thus|hence|so|in conclusion|in summary|to summarize|overall|finally|in total|altogether"
-    r"|consequently|as a result|this means|this gives|we (?:get|have|find|obtain|conclude)|final)\b|因此|所以|综上|故|答)",
+    r"|consequently|as a result|this means|this gives|we (?:get|have|find|obtain|conclude)|(?:the )?final)\b|因此|所以|综上|故|答)",
     re.IGNORECASE,
 )
 AIMS = re.compile(
