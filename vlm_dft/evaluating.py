@@ -105,6 +105,7 @@ def prepare(config: EvalConfig) -> Prepared:
         limit = config.max_new_tokens or max(int(sample.record["max_new_tokens"]) for sample in samples)
         known = {"engine": config.engine, **_settings(config), **settings_of(samples, config.decoding, limit)}
         check_settings(config.output / name / PREDICTIONS, known)
+    _claim(config.output)  # last: what is refused leaves nothing behind
     return Prepared(config, asking, splits)
 
 
@@ -112,7 +113,6 @@ def evaluate(prepared: Prepared, *, echo: Echo) -> tuple[dict[str, Any], int]:
     """(the report, the number of responses that could not be had). Of several processes only the first has a report."""
     config = prepared.config
     share = _join() if config.engine == "transformers" else ALONE
-    config.output.mkdir(parents=True, exist_ok=True)
     with hold(config.output) if share.rank == 0 else nullcontext():
         if said := prepared.asking.said():
             echo(said)
@@ -232,7 +232,7 @@ def _flat(splits: Splits) -> list[Sample]:
 
 
 def _check_output(output: Path) -> None:
-    """Raise ConfigError for a folder that cannot be written to, or that is a training run's: its report would be lost."""
+    """Raise ConfigError for a file, and for the folder of a training run: its report would be lost."""
     if output.exists() and not output.is_dir():
         raise ConfigError(f"--output {str(output)!r} is a file. Expected a folder.")
     if (output / "config.yaml").is_file():
@@ -240,9 +240,19 @@ def _check_output(output: Path) -> None:
             f"--output {str(output)!r} is the folder of a training run, whose report would be overwritten. Choose another, such as "
             f"{str(output / 'evaluation')!r}."
         )
-    there = next(place for place in (output.absolute(), *output.absolute().parents) if place.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-        raise ConfigError(f"--output {str(output)!r}: {str(there)!r} cannot be written to. Choose another folder.")
+
+
+def _claim(output: Path) -> None:
+    """Make the folder, and try to write into it. Raises ConfigError."""
+    probe = output / f".writable.{os.getpid()}"
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"--output {str(output)!r} cannot be written to: {error.strerror}. Choose another."
+        ) from error
 
 
 def _join() -> Share:
