@@ -27,6 +27,7 @@ DISTRIBUTION = {
     "yaml": "pyyaml",
     "flash_attn": "flash-attn",
     "liger_kernel": "liger-kernel",
+    "math_verify": "math-verify",
 }
 
 LIST_CARDS = """
@@ -134,7 +135,7 @@ def test_everything_imported_is_declared() -> None:
     lines = list(PROJECT["dependencies"])
     for extra in PROJECT["optional-dependencies"].values():
         lines += extra
-    declared = {re.split("[<>=; ]", line)[0].lower() for line in lines}
+    declared = {re.split(r"[<>=;\[ ]", line)[0].lower() for line in lines}
     assert {DISTRIBUTION.get(name, name).lower() for name in imported()} <= declared
 
 
