@@ -70,7 +70,9 @@ def check_form(form: object, *, where: str) -> None:
     elif style is not None and not isinstance(style, str):
         raise CardError(f"{where}, options: expected a column, or {{column, each, join}}, found {style!r}.")
     if form.get("markers", "text") != "text":
-        raise CardError(f"{where}, markers: expected text (<image1> stays a word, the picture goes first), found {form['markers']!r}.")
+        raise CardError(
+            f"{where}, markers: expected text (<image1> stays a word, the picture goes first), found {form['markers']!r}."
+        )
     for key in ("squeeze", "pictures"):
         if not isinstance(form.get(key, True), bool):
             raise CardError(f"{where}, {key}: expected true or false, found {form[key]!r}.")

@@ -38,7 +38,10 @@ class Layout:
     @property
     def on_hub(self) -> bool:
         """Whether reading needs the network."""
-        return any("hub" in part.source and (self.root is None or not files_of(part.source, self.root, where="")) for part in self.parts)
+        return any(
+            "hub" in part.source and (self.root is None or not files_of(part.source, self.root, where=""))
+            for part in self.parts
+        )
 
 
 def find_layout(card: Mapping[str, Any], split: str, data: str | Path | None) -> Layout:
@@ -64,7 +67,9 @@ def find_layout(card: Mapping[str, Any], split: str, data: str | Path | None) ->
             continue
         there, errors = _there(parts, folder, where)
         if there and len(layouts) > 1 and (lacking := _lacking(card, there[0], folder)):
-            why.append(f"{_looked_for(parts)} in {_shown(folder, root)}: there, but its rows have no {', '.join(lacking)}")
+            why.append(
+                f"{_looked_for(parts)} in {_shown(folder, root)}: there, but its rows have no {', '.join(lacking)}"
+            )
             continue
         if there:
             absent = [", ".join(f"{k} {v}" for k, v in part.given.items()) for part in parts if part not in there]
@@ -82,7 +87,7 @@ def find_layout(card: Mapping[str, Any], split: str, data: str | Path | None) ->
 def _layouts_of(card: Mapping[str, Any], split: str) -> Iterator[tuple[str, list[Part], list[str]]]:
     """(name, parts, folders below the data folder in which it may lie) of each layout of a split."""
     own = card["splits"][split]
-    (each, values), = (card.get("each") or {"": [None]}).items()
+    ((each, values),) = (card.get("each") or {"": [None]}).items()
     for said in card.get("layouts") or [own]:
         hub = str(said.get("hub", "")).strip("/")
         copies = [hub.replace("/", "--"), hub.rpartition("/")[2]] if hub else [str(card["name"])]
@@ -90,9 +95,17 @@ def _layouts_of(card: Mapping[str, Any], split: str) -> Iterator[tuple[str, list
         parts = []
         for value in values:
             put = {"{split}": split, **({f"{{{each}}}": str(value)} if each else {})}
-            said_here = {**{k: card[k] for k in PICTURES if k in card}, **said, **{k: own[k] for k in PICTURES if k in own}}
+            said_here = {
+                **{k: card[k] for k in PICTURES if k in card},
+                **said,
+                **{k: own[k] for k in PICTURES if k in own},
+            }
             said_here = {key: _put(text, put) for key, text in said_here.items()}
-            source = {key: said_here[key] for key in said_here if key not in (*PICTURES, "name", "folder", "given", "rows", "id")}
+            source = {
+                key: said_here[key]
+                for key in said_here
+                if key not in (*PICTURES, "name", "folder", "given", "rows", "id")
+            }
             pictures = {key: said_here[key] for key in PICTURES if key in said_here}
             parts.append(Part(source, pictures, {**said.get("given", {}), **({each: value} if each else {})}))
         kind = next(key for key in SOURCES if key in said)
@@ -156,14 +169,19 @@ def _looked_for(parts: list[Part]) -> str:
     if "hub" in source:
         return f"a copy of {source['hub']} (split {source.get('split', 'train')})"
     names = source["files"]
-    return " and ".join([names] if isinstance(names, str) else names) + f" or one of {len(parts) - 1} others" * (len(parts) > 1)
+    return " and ".join([names] if isinstance(names, str) else names) + f" or one of {len(parts) - 1} others" * (
+        len(parts) > 1
+    )
 
 
 def _others(card: Mapping[str, Any], split: str, root: Path) -> str:
     """Which other split of the card is there."""
     for other in card["splits"]:
         if other != split and any(
-            _there(parts, root / name, "")[0] for _, parts, names in _layouts_of(card, other) for name in names[:2] if (root / name).is_dir()
+            _there(parts, root / name, "")[0]
+            for _, parts, names in _layouts_of(card, other)
+            for name in names[:2]
+            if (root / name).is_dir()
         ):
             return f" Its split {other} is there: {card['name']}:{other}."
     return ""
