@@ -188,11 +188,14 @@ const answer = (s, r) => {
   show();
   return box;
 };
-const isGold = (choice, k, gold) => gold === choice || gold === String.fromCharCode(65 + k) || gold === `(${String.fromCharCode(65 + k)})`;
-const choiceText = (choice, k) => choice === String.fromCharCode(65 + k) || /^\s*\(?[A-Z][.):]/.test(choice) ? choice : `${String.fromCharCode(65 + k)}. ${choice}`;
+const letter = k => String.fromCharCode(65 + k);
+const isGold = (choice, k, gold) => [choice, letter(k), `(${letter(k)})`].includes(gold);
+const named = (choice, k) => choice === letter(k) || /^\s*\(?[A-Z][.):]/.test(choice);
+const choiceText = (choice, k) => named(choice, k) ? choice : `${letter(k)}. ${choice}`;
 const card = (s, place) => {
   const tags = make("div", {class: "tags"}, make("span", {}, where(s)));
-  for (const [name, values] of Object.entries(s.groups)) for (const value of values) tags.append(make("span", {title: name}, value.length < 4 ? `${name} ${value}` : value));
+  for (const [name, values] of Object.entries(s.groups)) for (const value of values)
+    tags.append(make("span", {title: name}, value.length < 4 ? `${name} ${value}` : value));
   tags.append(make("code", {}, s.id));
   const words = make("div", {class: "words"});
   words.append(make("p", {class: "question"}, s.question === null ? "(the question is not known here)" : s.question));
