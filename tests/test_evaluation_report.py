@@ -16,6 +16,7 @@ from PIL import Image
 from rich.console import Console
 
 from vlm_dft import evaluation_samples
+from vlm_dft.evaluation_cells import extra_rows
 from vlm_dft.evaluation_report import evaluation_tables, write_evaluation
 from vlm_dft.evaluation_samples import make_pictures, sample_blocks
 
@@ -186,6 +187,24 @@ def test_one_benchmark_alone_is_told_by_group_in_the_terminal(tmp_path: Path) ->
     lines = [" ".join(line.split()) for line in console.export_text().splitlines()]
     assert any(line.startswith(f"algebra 10 {10 * sum(algebra):.1f} ± ") for line in lines)
     assert "run − against" not in " ".join(lines)
+
+
+def test_further_metrics_are_rows_by_name_with_the_robust_value_where_it_differs() -> None:
+    share = {"accuracy": 0.412, "stderr": 0.05, "low": 0.3, "high": 0.5, "count": 40}
+    worst = {"worst": share, "robustness": {"value": 0.5, "stderr": 0.1}, "seeds": 60}
+    four = {"counts": {"IK": 3}, "rates": {"IK": 0.075, "RM_loose": None}}
+    extra = {
+        "pass@2": {**share, "robust": {**share, "accuracy": 0.5}},
+        "worst_case": {**worst, "robust": {**worst, "robustness": None}},
+        "four_dimensional": four,
+    }
+    assert extra_rows({"runs": {"dft": {"extra": extra}, "sft": {"extra": {}}}}) == {
+        "": {"pass@2": {"dft": ("41.2 ± 5.0", "50.0 ± 5.0")}},
+        "worst case": {
+            "worst": {"dft": ("41.2 ± 5.0", "")}, "robustness": {"dft": ("50.0 ± 10.0", "")}, "seeds": {"dft": ("60", "")},
+        },
+        "four dimensional": {"rates, IK": {"dft": ("7.5", "")}, "rates, RM loose": {"dft": ("", "")}},
+    }  # fmt: skip
 
 
 @needs_chromium

@@ -187,17 +187,17 @@ def _interval(m: Mapping[str, Any]) -> str:
 
 
 def _extra(found: Mapping[str, Any], runs: list[str]) -> str:
-    rows = extra_rows(found)
-    if not rows:
+    metrics, here, none = extra_rows(found), list(found["runs"]), ("", "")
+    if not metrics:
         return ""
-    here = list(found["runs"])
     head = "".join(f"<th><i class='dot {run_colour(runs, run)}'></i>{escape(run)}</th>" for run in here)
-    none = ("", "")
-    body = "".join(
-        f"<tr><th scope=row>{escape(name)}</th>{''.join(f'<td>{_both(*cells.get(run, none))}</td>' for run in here)}</tr>"
-        for name, cells in rows
-    )
-    return _scrolled(f"<th>further metrics (shares in %)</th>{head}", body, "extra")
+    body = ""
+    for metric, rows in metrics.items():
+        body += f"<tr class=name><th colspan={1 + len(here)}>{escape(metric)}</th></tr>" if metric else ""
+        for name, cells in rows.items():
+            said = "".join(f"<td>{_both(*cells.get(run, none))}</td>" for run in here)
+            body += f"<tr><th scope=row>{escape(name)}</th>{said}</tr>"
+    return _scrolled(f"<th>further metrics (shares in %; robust where it differs)</th>{head}", body, "extra")
 
 
 def _group(found: Mapping[str, Any], group: str, title: str, runs: list[str], alone: bool) -> str:

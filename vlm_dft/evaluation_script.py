@@ -7,7 +7,8 @@ STYLE = """
 .sr{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
 .runs th,.runs td{text-align:left;vertical-align:top}.runs td{overflow-wrap:normal;min-width:5em}.runs td:last-child{min-width:12em}
 .scroll th:first-child{position:sticky;left:0;background:var(--card)}header .scroll th:first-child{background:var(--bg)}
-.extra th:first-child{white-space:normal}.scroll td,.scroll th{padding:4px 9px}.scroll .left{text-align:left}
+.extra th:first-child{white-space:normal;font-weight:400}.extra tr.name th{font-weight:600}
+.scroll td,.scroll th{padding:4px 9px}.scroll .left{text-align:left}
 th.plot{text-align:center}
 .overview td,.overview th{padding:5px 10px}td small,th small{display:block;font-weight:400;color:var(--soft);font-size:12px}
 tr.name>*{padding-top:14px;text-align:left;color:var(--soft);font-size:12.5px;font-weight:600;border-top:1px solid var(--line)}
