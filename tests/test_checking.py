@@ -415,7 +415,7 @@ def test_facts_can_be_made_in_another_process(folder: Path) -> None:
 def test_a_benchmark_is_read_as_a_recipe_whose_answer_is_the_bare_question(benchmark: str) -> None:
     from vlm_dft.benchmarks import read_benchmark
 
-    recipe = split_cards(read_benchmark(benchmark))["test"]
+    recipe = split_cards(read_benchmark(benchmark), str(Path(benchmark).parent))["test"]
     assert recipe["response"] == "{question}" and recipe["images"] == "image" and "answer" not in recipe
 
 

@@ -82,8 +82,9 @@ def test_the_baseline_comes_first_and_every_two_runs_are_compared(tmp_path: Path
     for name in ("dft", "nll", "base"):
         write(tmp_path / name / "quiz", "10" * 5)
     words = [tmp_path / name for name in ("dft", "nll", "base")]
-    assert list(whole(compare(*words))) == [("dft", "base"), ("nll", "base"), ("nll", "dft")]
-    assert list(whole(compare(*words, baseline="nll"))) == [("dft", "nll"), ("base", "nll"), ("base", "dft")]
+    assert list(whole(compare(*words))) == [("nll", "base"), ("dft", "base"), ("dft", "nll")]
+    assert list(whole(compare(*words, baseline="nll"))) == [("base", "nll"), ("dft", "nll"), ("dft", "base")]
+    assert list(whole(compare(*words[:2]))) == [("nll", "dft")]  # without a base: as they were named
     with pytest.raises(
         UserError, match=r"--baseline 'nl' is none of the runs. Did you mean 'nll'\? Runs: dft, nll, base"
     ):
@@ -134,7 +135,7 @@ def test_training_runs_that_differ_in_their_seed_alone_are_seeds(tmp_path: Path)
     runs = [training(tmp_path / f"run{k}", k, ["dft", "nll"], ["0011", f"111{k}", f"01{k}1"]) for k in range(2)]
     report = compare(*runs)
     assert {label: about["seeds"] for label, about in report["runs"].items()} == {"base": 1, "dft": 2, "nll": 2}
-    assert "2 folders of base hold 1 different results; the same one counts once" in report["warnings"][0]
+    assert "of 2 folders of base some hold the same answers, which count once: 1 of them" in report["warnings"][0]
     other = training(tmp_path / "other", 0, ["dft", "nll"], ["0011", "1111", "0111"], rate=1e-4)
     assert list(read_runs([str(runs[0]), str(other)])) == [
         "run0/base", "run0/dft", "run0/nll", "other/base", "other/dft", "other/nll"
@@ -251,6 +252,26 @@ def test_metrics_of_the_benchmark_are_measured_again_and_averaged_over_seeds(tmp
     assert found["worst"]["accuracy"] == pytest.approx(2 / 3) and found["average"]["accuracy"] == pytest.approx(4.5 / 6)
 
 
+def test_a_benchmarks_own_numbers_are_compared_problem_by_problem(tmp_path: Path) -> None:
+    said = {"splits": {"test": {"extra": {"worst_case": {}, "four_dimensional": {}}}}}
+    keys = ("2steps_1", "2steps_2", "2steps_multi")
+    for name, problems in (("a", ["111", "110", "001", "000"]), ("b", ["111", "111", "101", "110"])):
+        rows = [score(3 * c + k, v == "1", cluster=f"c{c}", groups={"key": keys[k]}) for c, word in enumerate(problems)
+                for k, v in enumerate(word)]  # fmt: skip
+        write(tmp_path / name, rows, **said)
+    report = compare(tmp_path / "a", tmp_path / "b")
+    rows = report["benchmarks"]["quiz"]["test"]["comparisons"]
+    own = {r["value"]: r for r in rows if r["group"] == "metric" and r["rule"] == "official"}
+    worst = own["worst_case, worst"]
+    assert (worst["first"], worst["second"], worst["count"], worst["test"]) == (0.25, 0.5, 4, "mcnemar")
+    strict, loose = own["four_dimensional, score_strict"], own["four_dimensional, score_loose"]
+    assert (strict["first"], strict["second"]) == (1.5 / 4, 2.5 / 4)  # 1, 1/2, 0, 0 and 1, 1, 0, 1/2
+    assert (loose["first"], loose["second"]) == (1.5 / 4, 3.5 / 4)
+    assert loose["p_value"] == pytest.approx(0.25) and loose["p_adjusted"] is None  # +1/2, +1, +1/2: 2 / 2^3
+    lines = list(also_said(report, whole(report)["b", "a"]))
+    assert any(line.startswith("worst_case, worst: +25.0 points, 95 % interval [") for line in lines)
+
+
 def test_scores_of_an_older_version_have_no_robust_comparison(tmp_path: Path) -> None:
     for name in ("a", "b"):
         rows = [{k: v for k, v in score(n, True).items() if k not in ("robust", "draw", "cluster")} for n in range(4)]
@@ -298,15 +319,29 @@ def test_a_broken_file_is_named_with_its_row(tmp_path: Path, text: str, message:
         compare(folder)
 
 
+def test_a_file_in_another_encoding_is_refused(tmp_path: Path) -> None:
+    folder = write(tmp_path / "run", "10")
+    (folder / "scores.jsonl").write_bytes(json.dumps(score(0, True)).encode("utf-16"))
+    with pytest.raises(RowError, match="scores.jsonl: not UTF-8"):
+        compare(folder)
+
+
 def row(**given: Any) -> dict[str, Any]:
     known = {"run": "DFT", "against": "SFT", "difference": 0.019, "low": -0.004, "high": 0.042, "p_value": 0.11, "count": 1000,
-             "samples_needed": 2345, "detectable": 0.03, "benchmark": "quiz", "split": "test", "rule": "official", "group": None}  # fmt: skip
+             "samples_needed": 2345, "detectable": 0.03, "benchmark": "quiz", "split": "test", "rule": "official",
+             "group": None, "p_adjusted": None}  # fmt: skip
     return {**known, **given}
 
 
 def test_a_conclusion_says_in_words_what_is_known() -> None:
     start = "DFT − SFT: +1.9 points, 95 % interval [−0.4, 4.2], p = 0.11"
-    assert conclusion(row()) == f"{start}: not settled; about 2,300 samples would be needed (here: 1,000)"
+    assert (
+        conclusion(row())
+        == f"{start}: not settled; about 2,300 samples would be needed to settle a difference of this size (here: 1,000)"
+    )
+    assert (
+        conclusion(row(samples_needed=900)) == f"{start}: not settled; there are too few seeds or problems to test it"
+    )
     assert conclusion(row(samples_needed=None)).startswith(f"{start}: not settled, and more samples alone would not do")
     assert conclusion(row(p_value=0.003)).endswith("p = 0.003: settled, DFT is better than SFT")
     assert conclusion(row(p_value=1e-9, difference=-0.02)).endswith("p < 0.0001: settled, SFT is better than DFT")
@@ -324,7 +359,7 @@ def test_another_rules_other_verdict_and_sure_groups_are_said() -> None:
     report = {"benchmarks": {"quiz": {"test": {"comparisons": rows}}}}
     assert list(also_said(report, first)) == [
         "not so by the robust rule: +1.9 points, 95 % interval [−0.4, 4.2], p = 0.40: not settled; about 2,300 samples would be needed "
-        "(here: 1,000)",
+        "to settle a difference of this size (here: 1,000)",
         "in 1 of 2 groups, corrected for their number: level 1 (+20.0)",
     ]
 

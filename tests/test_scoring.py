@@ -1,14 +1,18 @@
-"""Scoring: verdicts on literal responses, and agreement with the official verdicts where the gold cases are."""
+"""Scoring: verdicts on literal responses, errors that say what to do, and agreement with the official verdicts where the gold cases are."""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from vlm_dft import score_response
-from vlm_dft.scoring import Score
+from vlm_dft.errors import RowError
+from vlm_dft.scoring import RULES, Score
 
 
 def test_a_drawn_answer_must_equal_the_gold_answer_but_for_case_and_space() -> None:
@@ -41,11 +45,45 @@ def test_the_recipe_s_own_responses_are_right() -> None:
     )
 
 
+def test_the_official_and_the_robust_rule_may_differ_on_one_response() -> None:
+    sample = {"choices": None, "question_type": "free_form", "answer_type": "integer", "gold_answer": "7"}
+    assert score_response("7.5", sample, benchmark="mathvista").correct  # the official code truncates
+    assert score_response("7.5", sample, benchmark="mathvista", rule="robust") == Score(
+        False, "7.5", "whole response, equivalent number"
+    )
+
+
 def test_unknown_benchmarks_and_rules_name_the_nearest() -> None:
     with pytest.raises(ValueError, match=r"No scorer for benchmark 'tabmpw'.* Did you mean 'tabmwp'"):
         score_response("", {}, benchmark="tabmpw")
     with pytest.raises(ValueError, match=r"Unknown scoring rule 'offical'. Did you mean 'official'"):
         score_response("", {}, benchmark="drawn", rule="offical")
+
+
+@pytest.mark.parametrize("rule", ["official", "robust"])
+@pytest.mark.parametrize("sample", [{}, {"gold_answer": None, "question": "?"}])
+def test_a_sample_without_a_gold_answer_is_an_error_and_not_a_wrong_answer(rule: str, sample: dict[str, Any]) -> None:
+    keys = ", ".join(sample) or "(none)"
+    with pytest.raises(
+        RowError, match=rf"must have a 'gold_answer'.* found the keys {keys.replace('(', '[(]').replace(')', '[)]')}"
+    ):
+        score_response("Answer: 5", sample, benchmark="drawn", rule=rule)
+
+
+@pytest.mark.parametrize(("response", "kind"), [(None, "NoneType"), (5, "int"), (b"5", "bytes"), (["5"], "list")])
+def test_a_response_that_is_no_text_is_an_error_that_says_so(response: Any, kind: str) -> None:
+    with pytest.raises(TypeError, match=f"must be text .str., found {kind}. Pass the decoded text"):
+        score_response(response, {"gold_answer": "5"}, benchmark="drawn")
+
+
+def test_every_benchmark_has_both_rules() -> None:
+    assert set(RULES) == {"official", "robust"} and RULES["official"].keys() == RULES["robust"].keys()
+
+
+def test_importing_scoring_brings_no_torch_and_no_sympy() -> None:
+    code = "import sys, vlm_dft.scoring; print(sorted({'torch', 'sympy', 'math_verify', 'transformers', 'openai'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "[]"
 
 
 def test_tabmwp_agrees_with_every_official_verdict_and_extraction(shared: Path) -> None:

@@ -12,7 +12,7 @@ from vlm_dft.asking import asked_text, case_of
 from vlm_dft.benchmark_cards import OFFICIAL, RECORD, form_of, read_benchmark
 from vlm_dft.cards import nearest
 from vlm_dft.chat import Sample
-from vlm_dft.columns import column_of, fill, is_nan, text_of
+from vlm_dft.columns import column_of, fill, is_nan, list_of, text_of
 from vlm_dft.errors import RowError
 from vlm_dft.layouts import Layout, Part, find_layout
 from vlm_dft.markers import place_media, read_numbered
@@ -75,7 +75,11 @@ def _account(splits: Splits, card: Mapping[str, Any], split: str, layout: Layout
     }  # fmt: skip
     where = f"{card['name']}, split {split}"
     if layout.absent:
-        splits.remarks.append(f"{where}: {len(layout.absent)} parts are not there ({', '.join(layout.absent)}).")
+        parts = len(layout.absent) + len(layout.parts)
+        verb = "is" if len(layout.absent) == 1 else "are"
+        splits.remarks.append(
+            f"{where}: {len(layout.absent)} of {parts} parts {verb} not there ({', '.join(layout.absent)})."
+        )
     if whole and expected is not None and rows != expected:
         splits.remarks.append(
             f"{where}: {rows:,} rows, the whole set has {expected:,}. Its scores are not comparable with published ones."
@@ -161,7 +165,7 @@ def _images(form: Mapping[str, Any], part: Part, row: Row, root: Path | None, wh
     says = part.pictures
     if not form.get("pictures", True) or not ({"image", "images"} & set(says)):
         return []
-    column = says.get("images")
+    column: Any = says.get("images")
     if column is not None and not says.get("images_optional"):
         column_of(row, column, where=where)
     folder = root / says["image_root"] if root is not None and says.get("image_root") else root
@@ -178,6 +182,7 @@ def _record(rules: Mapping[str, Any], row: Row, where: str) -> dict[str, Any]:
         if isinstance(rule, list):
             rule = case_of(rule, row, where=f"{where}, record {key}")
         rule = {"column": rule} if isinstance(rule, str) else rule
+        value: Any
         if "text" in rule:
             value = fill(rule["text"], row, where=where)
         elif "value" in rule:
@@ -188,7 +193,7 @@ def _record(rules: Mapping[str, Any], row: Row, where: str) -> dict[str, Any]:
             value = _value(row, rule["column"], where)
         record[key] = _plain(value)
     if record["choices"] is not None:
-        record["choices"] = [str(choice) for choice in record["choices"]]
+        record["choices"] = [str(choice) for choice in list_of(record["choices"])]
     return record
 
 

@@ -389,10 +389,10 @@ def _items(items: Items, wanted: Iterable[int]) -> dict[int, Example]:
     by_split: dict[str, dict[int, int]] = {}
     for k in wanted:
         by_split.setdefault(items.ids[k][0], {})[items.places[k]] = k
-    cards = split_cards(read_benchmark(items.card))
+    cards = split_cards(read_benchmark(items.card), items.data)
     for split, places in by_split.items():
         with suppress(UserError):
-            for place, _, outcome in rows_at(cards[split], items.data, sorted(places)):
+            for place, _, outcome in rows_at(cards[split], cards[split]["data"], sorted(places)):
                 if outcome.example is not None:
                     found[places[place]] = outcome.example
     return found

@@ -68,17 +68,38 @@ def list_kind(arguments: argparse.Namespace) -> int:
         {
             "name": name,
             **{k: v for k, v in yaml.safe_load(path.read_text("utf-8")).items() if k in ("description", "licence")},
+            **(_splits_of(yaml.safe_load(path.read_text("utf-8"))) if arguments.kind == "benchmark" else {}),
         }
         for name, path in list_cards(arguments.kind).items()
     ]
     width = max(len(card["name"]) for card in found)
     for card in found:
         print(f"{card['name']:<{width}} {card['description'].strip()}  [{card['licence']}]")
+        if "splits" in card:
+            print(f"{'':<{width}} {_splits_line(card)}")
     if arguments.json:
         from vlm_dft.runs import write_json
 
         write_json(Path(arguments.json), found)
     return 0
+
+
+def _splits_of(card: dict[str, Any]) -> dict[str, Any]:
+    """What a benchmark card says of its splits' rows and its protocols, for the list."""
+    return {
+        "splits": {split: said.get("rows") for split, said in card["splits"].items()},
+        "default": card.get("default", list(card["splits"])),
+        "protocols": list(card.get("protocols", ["official"])),
+    }
+
+
+def _splits_line(card: dict[str, Any]) -> str:
+    """ "test 3,040 rows (mathvision:testmini 304); protocols official, direct": what a name means, and what else there is."""
+    rows = {split: "?" if count is None else f"{count:,}" for split, count in card["splits"].items()}
+    meant = ", ".join(f"{split} {rows[split]}" for split in card["default"])
+    others = ", ".join(f"{card['name']}:{split} {rows[split]}" for split in rows if split not in card["default"])
+    protocols = f"; protocols {', '.join(card['protocols'])}" if len(card["protocols"]) > 1 else ""
+    return f"{meant} rows{f' ({others})' if others else ''}{protocols}"
 
 
 def echo(text: Any) -> None:

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from vlm_dft.benchmarks import read_benchmark
+from vlm_dft.benchmark_cards import OFFICIAL, form_of, read_benchmark
 from vlm_dft.cards import list_cards
 from vlm_dft.checking import Checked, LookAt
 from vlm_dft.duplicates import Prints, as_pairs, look_alikes
 from vlm_dft.errors import CardError, UserError
 from vlm_dft.examining import examine
+from vlm_dft.layouts import find_layout
 from vlm_dft.sources import MediaAccess
 
 SAME, LOOKS, TEXT = "same picture, same question", "look-alike picture, same question", "same question, no pictures"
@@ -48,23 +49,39 @@ class Overlap:
     count: int
 
 
-def split_cards(card: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Each split of a benchmark card as a recipe whose answer is the bare question, where the card says which column it is."""
-    kept = {key: card[key] for key in ("image", "images", "prompt", "unit", "options") if key in card}
+def split_cards(card: Mapping[str, Any], data: str | None = None) -> dict[str, dict[str, Any]]:
+    """Each split that a benchmark card chooses, as a recipe whose answer is the bare question, where the card says which column it is.
+
+    A split in several files of variants is several recipes: "test, variant 3". `data` is the folder that each is in, None on a hub.
+    Raises CardError where the data folder does not hold it.
+    """
+    form = form_of(card, OFFICIAL)
     column = (card.get("record") or {}).get("question")
     response = f"{{{column}}}" if column else "-"
-    return {
-        split: {**kept, "name": f"{card['name']}, split {split}", "source": source, "response": response}
-        for split, source in card["splits"].items()
-    }
+    plain = "parts" not in form and not isinstance(form.get("options"), Mapping)
+    said = ("prompt", "unit", "options") if plain or not column else ()
+    asked: dict[str, Any] = {"prompt": response, **{key: form[key] for key in said if key in form}}
+    recipes: dict[str, dict[str, Any]] = {}
+    for split in card["chosen"]:
+        layout = find_layout(card, split, data)
+        for part in layout.parts:
+            given = "".join(f", {key} {value}" for key, value in part.given.items() if len(layout.parts) > 1)
+            pictures = {key: value for key, value in part.pictures.items() if key != "images_optional"}
+            if layout.root is not None and not (layout.root / pictures.get("image_root", ".")).exists():
+                del pictures["image_root"]  # of a split without pictures
+            recipes[split + given] = {
+                **pictures, **asked, "name": f"{card['name']}, split {split}{given}", "source": part.source,
+                "response": response, "data": None if layout.root is None else str(layout.root),
+            }  # fmt: skip
+    return recipes
 
 
 def read_items(name: str, data: str | None, *, access: MediaAccess, workers: int = 0) -> Items:
     """What is needed to know a benchmark's items again. Raises a UserError where the card or its files cannot be read."""
     card = read_benchmark(name)
     items = Items(str(card["name"]), name, data)
-    for split, recipe in split_cards(card).items():
-        for found in examine(recipe, data, facts=LookAt(access), workers=workers):
+    for split, recipe in split_cards(card, data).items():
+        for found in examine(recipe, recipe["data"], facts=LookAt(access), workers=workers):
             outcome, facts = found.outcome, found.facts
             if facts is None:
                 items.unreadable.append(f"{split}/{outcome.id}: {outcome.error or outcome.dropped}")
@@ -94,10 +111,8 @@ def reachable(
     found, unread = [], {}
     for name in list_cards("benchmark") if names is None else names:
         try:
-            if names is None and any("hub" in source for source in read_benchmark(name)["splits"].values()):
-                raise CardError(f"it is on a hub. --against {name} downloads it.")
             reading(name)
-            found.append(_read_from(folders, name, access, workers))
+            found.append(_read_from(folders, name, access, workers, download=names is not None))
         except UserError as error:
             if names is not None:
                 said = _said(error)
@@ -112,17 +127,21 @@ def _said(error: UserError) -> str:
     return re.sub(r"^Recipe '", "Benchmark '", str(error)).replace("--data DIR (or DATA=DIR)", "--benchmark-data DIR")
 
 
-def _read_from(folders: Sequence[str | None], name: str, access: MediaAccess, workers: int) -> Items:
-    """A benchmark from the first folder that holds it. Raises the first folder's UserError where none does."""
+def _read_from(folders: Sequence[str | None], name: str, access: MediaAccess, workers: int, *, download: bool) -> Items:
+    """A benchmark from the first folder that holds it, or from the hub. Raises the first folder's UserError where none does."""
+    card = read_benchmark(name)
+    on_hub = any("hub" in layout for layout in card.get("layouts") or card["splits"].values())
     first: UserError | None = None
-    for folder in folders or (None,):
+    for folder in [*folders, None] if on_hub else folders or (None,):
         try:
+            if on_hub and folder is None and not download:
+                raise CardError(f"it is on a hub. --against {name} downloads it.")
             items = read_items(name, folder, access=access, workers=workers)
             if items.ids:
                 return items
             raise CardError(f"none of its {len(items.unreadable)} items can be read: {items.unreadable[:1]}")
         except UserError as error:
-            first = first or error
+            first = error if on_hub and folder is None and not download else first or error
     assert first is not None, "a folder was tried"
     raise first
 

@@ -95,4 +95,4 @@ def _judge(arguments: argparse.Namespace) -> Any:
         raise UserError("--judge URL and --judge-model NAME belong together: give both, or neither.")
     from vlm_dft.judge import Judge
 
-    return Judge(arguments.judge, arguments.judge_model)
+    return Judge(arguments.judge, arguments.judge_model, Path(arguments.output) / "judge")

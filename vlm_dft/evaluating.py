@@ -100,7 +100,7 @@ def prepare(config: EvalConfig) -> Prepared:
     splits = {}
     for name, card in zip(names, config.benchmarks, strict=True):
         data = config.data.get(name, config.data.get(card, config.data.get("")))
-        splits[name] = with_system(load_benchmark(card, data, config.limit, **_protocol(config)), asking.system)
+        splits[name] = with_system(load_benchmark(card, data, config.limit, config.protocol), asking.system)
         samples = _flat(splits[name])
         limit = config.max_new_tokens or max(int(sample.record["max_new_tokens"]) for sample in samples)
         known = {"engine": config.engine, **_settings(config), **settings_of(samples, config.decoding, limit)}
@@ -140,9 +140,12 @@ def load_for_answers(name: str) -> Any:
     import torch
 
     from vlm_dft.models import device_kind, load_model
+    from vlm_dft.vision_attention import use_window_attention
 
     gpu = device_kind() == "cuda"
-    return load_model(name, dtype=torch.bfloat16 if gpu else torch.float32, merge=False).to(device_kind())
+    model = load_model(name, dtype=torch.bfloat16 if gpu else torch.float32, merge=False)
+    use_window_attention(model)  # a vision tower that it does not fit stays as it is
+    return model.to(device_kind())
 
 
 def _answerer(prepared: Prepared, share: Share, echo: Echo) -> Callable[[str, list[Sample], Path], int]:
@@ -185,15 +188,13 @@ def _score(prepared: Prepared, name: str, folder: Path, echo: Echo) -> None:
     from vlm_dft.metrics import summarise
 
     config, samples = prepared.config, _flat(prepared.splits[name])
-    more = {} if config.judge is None else {"judge": config.judge}
-    rows = score_predictions(samples, folder / PREDICTIONS, folder / SCORES, **more)
-    card = read_benchmark(config.benchmarks[list(prepared.splits).index(name)])
-    metrics = {"metrics": card["metrics"]} if card.get("metrics") else {}
+    rows = score_predictions(samples, folder / PREDICTIONS, folder / SCORES, judge=config.judge)
+    metrics = read_benchmark(config.benchmarks[list(prepared.splits).index(name)]).get("metrics") or ()
     meta = json.loads(meta_of(folder / PREDICTIONS).read_text(encoding="utf-8"))
     result = {
         "benchmark": name, "model": config.model, "protocol": config.protocol, "data": config.data.get(name, config.data.get("")),
         "limit": config.limit, "engine": config.engine, "decoding": {**config.decoding.as_dict(), "max_new_tokens": meta["max_new_tokens"]},
-        "generation": meta[HOW], "splits": summarise(rows, **metrics),
+        "generation": meta[HOW], "splits": summarise(rows, metrics),
     }  # fmt: skip
     write_json(folder / RESULTS, result)
 
@@ -224,10 +225,6 @@ def _report(prepared: Prepared, echo: Echo) -> dict[str, Any]:
 
 def _settings(config: EvalConfig) -> dict[str, Any]:
     return {"protocol": config.protocol}
-
-
-def _protocol(config: EvalConfig) -> dict[str, Any]:
-    return {"protocol": config.protocol} if config.protocol != "official" else {}
 
 
 def _flat(splits: Splits) -> list[Sample]:

@@ -180,8 +180,8 @@ def _halves(batch: Batch) -> list[Batch]:
 
 def _make_room(asked: Asked, batch: Batch) -> None:
     """Note that a batch did not fit. Raises ModelError for a single prompt."""
-    gc.collect()
     if torch.cuda.is_available():
+        gc.collect()
         torch.cuda.empty_cache()
     if len(batch) == 1:
         sample = asked.samples[batch[0][0]]

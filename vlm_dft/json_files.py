@@ -36,9 +36,12 @@ def is_lines(file: IO[bytes], suffix: str) -> bool:
     return suffix in LINES or bool(_line(file))
 
 
-def json_lines(file: IO[bytes], name: str) -> Iterator[Place]:
-    """The rows of JSON lines, by the number of their line; a line that cannot be read takes a place, an empty one none."""
-    decoder = Decoder()
+def json_lines(file: IO[bytes], name: str, *, nan: bool = False) -> Iterator[Place]:
+    """The rows of JSON lines, by the number of their line; a line that cannot be read takes a place, an empty one none.
+
+    nan: NaN and Infinity, which pandas writes, are read as null; else a row that holds them cannot be read.
+    """
+    decoder = Decoder(nan)
     for number, line in enumerate(file):
         if line.isspace():
             continue
@@ -55,12 +58,12 @@ def json_lines(file: IO[bytes], name: str) -> Iterator[Place]:
             yield number, RowError(f"{where}: cannot be read ({error}).", "not valid JSON")
 
 
-def json_whole(file: IO[bytes], name: str) -> Iterator[Place]:
+def json_whole(file: IO[bytes], name: str, *, nan: bool = False) -> Iterator[Place]:
     """The rows of one JSON list, by number, or of one object keyed by id, by key; an object of anything else is one row.
 
-    Raises RowError with line and column where it stops being JSON: nothing more can be read then.
+    nan: as of json_lines. Raises RowError with line and column where it stops being JSON: nothing more can be read then.
     """
-    text = _Window(file, name)
+    text = _Window(file, name, nan)
     text.opening = text.next()
     if text.opening == "[":
         for number, row in enumerate(text.items()):
@@ -119,7 +122,8 @@ def probably(raw: bytes) -> str:
 class Decoder(json.JSONDecoder):
     """json's decoder, which also remembers that it met NaN or Infinity, or a key twice in one object."""
 
-    def __init__(self) -> None:
+    def __init__(self, nan: bool = False) -> None:
+        self.nan = nan  # whether it is read as null
         self.odd: list[str] = []
         self.twice: list[str] = []
         super().__init__(parse_constant=self._constant, object_pairs_hook=self._object)
@@ -130,7 +134,9 @@ class Decoder(json.JSONDecoder):
             self.twice.append(repeated(key for key, _ in pairs))
         return made
 
-    def _constant(self, name: str) -> float:
+    def _constant(self, name: str) -> float | None:
+        if self.nan:
+            return None
         self.odd.append(name)
         return float("nan")
 
@@ -158,9 +164,9 @@ class Decoder(json.JSONDecoder):
 class _Window:
     """The part of a JSON file that has been read and not yet used."""
 
-    def __init__(self, file: IO[bytes], name: str) -> None:
+    def __init__(self, file: IO[bytes], name: str, nan: bool = False) -> None:
         self.file, self.name = file, name
-        self.decoder = Decoder()
+        self.decoder = Decoder(nan)
         self.utf8 = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
         self.opening, self.text, self.at, self.ended = "", "", 0, False
         self.line, self.column = 1, 1  # of text[0]

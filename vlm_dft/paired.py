@@ -42,17 +42,17 @@ def paired_difference(first: Floats, second: Floats, clusters: Ints, *, draws: i
         freedom = _freedom(total, variance, len(sums), of_seeds)
         least = 2.0 ** (1 - np.count_nonzero(sums))  # of any test that does not know the clusters' spread
         p_value, test = max(_student(difference, total, freedom), min(1.0, least)), "t, samples and seeds"
-        half = math.sqrt(total) * float(stdtrit(freedom, 0.975)) if total else 1.0
+        half = math.sqrt(total) * float(stdtrit(freedom, 0.975))
         low, high = difference - half, difference + half
     else:
-        plain = len(sums) == n and draws == 1
-        p_value, test = _permuted(sums, draws, plain)
+        p_value, test = _permuted(sums, draws, len(sums) == n and draws == 1)
+    if not total or not of_seeds:
         low, high = _bootstrapped(sums, sizes)
     return {
         "count": n, "clusters": len(sums),
         "first": float(first.mean()), "second": float(second.mean()),
         "difference": difference, "stderr": math.sqrt(total),
-        "low": max(-1.0, low), "high": min(1.0, high), "interval": "t" if of_seeds else "bootstrap",
+        "low": max(-1.0, low), "high": min(1.0, high), "interval": "t" if of_seeds and total else "bootstrap",
         "only_first": int((each < -1e-9).sum()), "only_second": int((each > 1e-9).sum()),
         "p_value": p_value, "test": test, "p_adjusted": None,
         "samples_needed": _needed(difference, float((sums**2).sum()) / n, variance * n, seeds),
