@@ -67,7 +67,8 @@ def test_every_hub_source_says_a_revision_and_its_card_that_it_moves() -> None:
 def test_a_name_may_choose_splits(tmp_path: Path) -> None:
     assert read_benchmark("mathvision")["chosen"] == ["test"]
     assert read_benchmark("mathvision:testmini")["chosen"] == ["testmini"]
-    assert read_benchmark("mathvision:testmini")["name"] == "mathvision"
+    assert read_benchmark("mathvision:testmini")["name"] == "mathvision:testmini"
+    assert read_benchmark("mathvision:test")["name"] == "mathvision"
     assert read_benchmark(write(tmp_path) + ":mini,full")["chosen"] == ["mini", "full"]
     with pytest.raises(
         CardError, match=r"'mathvision': unknown split 'testmin'. Did you mean 'testmini'\? Known: test, testmini"

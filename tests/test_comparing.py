@@ -252,6 +252,26 @@ def test_metrics_of_the_benchmark_are_measured_again_and_averaged_over_seeds(tmp
     assert found["worst"]["accuracy"] == pytest.approx(2 / 3) and found["average"]["accuracy"] == pytest.approx(4.5 / 6)
 
 
+def test_a_benchmarks_own_numbers_are_compared_problem_by_problem(tmp_path: Path) -> None:
+    said = {"splits": {"test": {"extra": {"worst_case": {}, "four_dimensional": {}}}}}
+    keys = ("2steps_1", "2steps_2", "2steps_multi")
+    for name, problems in (("a", ["111", "110", "001", "000"]), ("b", ["111", "111", "101", "110"])):
+        rows = [score(3 * c + k, v == "1", cluster=f"c{c}", groups={"key": keys[k]}) for c, word in enumerate(problems)
+                for k, v in enumerate(word)]  # fmt: skip
+        write(tmp_path / name, rows, **said)
+    report = compare(tmp_path / "a", tmp_path / "b")
+    rows = report["benchmarks"]["quiz"]["test"]["comparisons"]
+    own = {r["value"]: r for r in rows if r["group"] == "metric" and r["rule"] == "official"}
+    worst = own["worst_case, worst"]
+    assert (worst["first"], worst["second"], worst["count"], worst["test"]) == (0.25, 0.5, 4, "mcnemar")
+    strict, loose = own["four_dimensional, score_strict"], own["four_dimensional, score_loose"]
+    assert (strict["first"], strict["second"]) == (1.5 / 4, 2.5 / 4)  # 1, 1/2, 0, 0 and 1, 1, 0, 1/2
+    assert (loose["first"], loose["second"]) == (1.5 / 4, 3.5 / 4)
+    assert loose["p_value"] == pytest.approx(0.25) and loose["p_adjusted"] is None  # +1/2, +1, +1/2: 2 / 2^3
+    lines = list(also_said(report, whole(report)["b", "a"]))
+    assert any(line.startswith("worst_case, worst: +25.0 points, 95 % interval [") for line in lines)
+
+
 def test_scores_of_an_older_version_have_no_robust_comparison(tmp_path: Path) -> None:
     for name in ("a", "b"):
         rows = [{k: v for k, v in score(n, True).items() if k not in ("robust", "draw", "cluster")} for n in range(4)]
@@ -299,9 +319,17 @@ def test_a_broken_file_is_named_with_its_row(tmp_path: Path, text: str, message:
         compare(folder)
 
 
+def test_a_file_in_another_encoding_is_refused(tmp_path: Path) -> None:
+    folder = write(tmp_path / "run", "10")
+    (folder / "scores.jsonl").write_bytes(json.dumps(score(0, True)).encode("utf-16"))
+    with pytest.raises(RowError, match="scores.jsonl: not UTF-8"):
+        compare(folder)
+
+
 def row(**given: Any) -> dict[str, Any]:
     known = {"run": "DFT", "against": "SFT", "difference": 0.019, "low": -0.004, "high": 0.042, "p_value": 0.11, "count": 1000,
-             "samples_needed": 2345, "detectable": 0.03, "benchmark": "quiz", "split": "test", "rule": "official", "group": None}  # fmt: skip
+             "samples_needed": 2345, "detectable": 0.03, "benchmark": "quiz", "split": "test", "rule": "official",
+             "group": None, "p_adjusted": None}  # fmt: skip
     return {**known, **given}
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 from rich.console import Console
 
 from vlm_dft import evaluation_samples
+from vlm_dft.evaluation_cells import extra_rows
 from vlm_dft.evaluation_report import evaluation_tables, write_evaluation
 from vlm_dft.evaluation_samples import make_pictures, sample_blocks
 
@@ -99,14 +100,14 @@ def test_names_of_runs_groups_and_models_are_escaped(tmp_path: Path) -> None:
     name = "<img src onerror>\"'"
     samples = make_samples([], {"mathvista": 4})
     for k, sample in enumerate(samples["mathvista"]):
-        sample.groups[f"{name} group"] = f"{name} value {k % 2}"
+        sample.groups.update({f"{name} group": f"{name} value {k % 2}", "same": "everywhere"})
     scores, responses = make_rows(samples, {name: 0.5, "b": 0.5}, ["so"])
     report = make_report(scores, tmp_path / "runs")
     report["runs"]["b"]["model"] = f"{name} model"
     report["warnings"] = [f"{name} warning"]
     write_evaluation(tmp_path, report, samples=samples, scores=scores, responses=responses)
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "<img src" not in text
+    assert "<img src" not in text and "by subject" in text and "by same" not in text  # which tells nothing apart
     for what in ("group", "value 1", "model", "warning"):
         assert f"&lt;img src onerror&gt;&quot;&#x27; {what}" in text
 
@@ -186,6 +187,24 @@ def test_one_benchmark_alone_is_told_by_group_in_the_terminal(tmp_path: Path) ->
     lines = [" ".join(line.split()) for line in console.export_text().splitlines()]
     assert any(line.startswith(f"algebra 10 {10 * sum(algebra):.1f} ± ") for line in lines)
     assert "run − against" not in " ".join(lines)
+
+
+def test_further_metrics_are_rows_by_name_with_the_robust_value_where_it_differs() -> None:
+    share = {"accuracy": 0.412, "stderr": 0.05, "low": 0.3, "high": 0.5, "count": 40}
+    worst = {"worst": share, "robustness": {"value": 0.5, "stderr": 0.1}, "seeds": 60}
+    four = {"counts": {"IK": 3}, "rates": {"IK": 0.075, "RM_loose": None}}
+    extra = {
+        "pass@2": {**share, "robust": {**share, "accuracy": 0.5}},
+        "worst_case": {**worst, "robust": {**worst, "robustness": None}},
+        "four_dimensional": four,
+    }
+    assert extra_rows({"runs": {"dft": {"extra": extra}, "sft": {"extra": {}}}}) == {
+        "": {"pass@2": {"dft": ("41.2 ± 5.0", "50.0 ± 5.0")}},
+        "worst case": {
+            "worst": {"dft": ("41.2 ± 5.0", "")}, "robustness": {"dft": ("50.0 ± 10.0", "")}, "seeds": {"dft": ("60", "")},
+        },
+        "four dimensional": {"rates, IK": {"dft": ("7.5", "")}, "rates, RM loose": {"dft": ("", "")}},
+    }  # fmt: skip
 
 
 @needs_chromium
@@ -276,6 +295,7 @@ def test_keys_move_through_the_samples_and_the_address_keeps_the_place(page: Pat
     chromium.press("j")
     assert chromium.run("document.activeElement.id + document.activeElement.value") == "qj"  # typed, not moved
     chromium.open(page, anchor="at=89")
+    chromium.run("new Promise(done => setTimeout(done, 200))")  # what was typed before is not searched any more
     assert ids(chromium)[0] == "we<b>math-20" and chromium.run(current) == "we<b>math-28"
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import pickle
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from openpyxl import Workbook
 
-from vlm_dft.chat import Sample
 from vlm_dft.errors import RowError, UserError
 from vlm_dft.file_records import choices_of, read_list, samples_in
 from vlm_dft.foreign_predictions import (
@@ -23,15 +22,7 @@ from vlm_dft.foreign_predictions import (
     read_predictions,
     said_benchmarks,
 )
-from vlm_dft.matching import match
 from vlm_dft.official import OFFICIAL
-from vlm_dft.vlmevalkit_files import write_vlmevalkit
-
-QUESTIONS = (
-    "How many red bars are taller than the blue one?",
-    "What is the area of the shaded square?",
-    "Which of the three lines is the longest?",
-)
 
 
 def lines(path: Path, rows: Iterable[Any]) -> Path:
@@ -51,12 +42,6 @@ def table(path: Path, rows: Iterable[Iterable[Any]]) -> Path:
     with path.open("w", encoding="utf-8", newline="") as file:
         csv.writer(file, delimiter="\t", quoting=csv.QUOTE_ALL, lineterminator="\n").writerows(rows)
     return path
-
-
-def sample(sample_id: str, question: str = "", gold: str = "1", **record: Any) -> Sample:
-    return Sample(
-        sample_id, [], [], "gsm8k", "test", {"question": question, "gold_answer": gold, "scorer": "gsm8k", **record}
-    )
 
 
 FILES: dict[str, tuple[Callable[[Path], Path], list[tuple[tuple[str, ...], int, str]]]] = {
@@ -255,90 +240,6 @@ def test_a_files_name_may_name_two_benchmarks() -> None:
     assert said_benchmarks("MathVision-tuned_MathVista_MINI", list(OFFICIAL)) == {"mathvision", "mathvista"}
 
 
-def matched(
-    tmp_path: Path, samples: list[Sample], rows: list[Mapping[str, Any]]
-) -> tuple[str, dict[str, list[str]], list[str], list[str]]:
-    file = read_predictions(lines(tmp_path / "m.jsonl", rows))
-    found = match(samples, file.predictions, file.oddities)
-    pairs: dict[str, list[str]] = {}
-    for one, said in found.pairs:
-        pairs.setdefault(one.id, []).append(said.response)
-    return found.by, pairs, ["/".join(p.key) for p in found.unknown], [s.id for s in found.missing]
-
-
-def test_predictions_are_matched_by_id_place_or_question(tmp_path: Path) -> None:
-    asked = [sample(str(k + 1), question) for k, question in enumerate(QUESTIONS)]
-    rows = [
-        {"index": k, "question": f"Hint: say it.\nQuestion: {q}", "prediction": q[:5]} for k, q in enumerate(QUESTIONS)
-    ]
-    right = {str(k + 1): [q[:5]] for k, q in enumerate(QUESTIONS)}
-    assert matched(tmp_path, asked, [{**row, "index": row["index"] + 1} for row in rows]) == ("id", right, [], [])
-    assert matched(tmp_path, asked, rows) == (
-        "place in the data, counted from 0",
-        right,
-        [],
-        [],
-    )  # ids 1 and 2 are there, and ask else
-    shuffled = [{**row, "index": f"x{row['index']}"} for row in reversed(rows)]
-    assert matched(tmp_path, asked, shuffled) == ("question", right, [], [])
-    assert (
-        matched(tmp_path, asked, [{**row, "index": f"x{row['index']}", "pid": row["index"] + 1} for row in rows])[0]
-        == "column pid"
-    )
-    other = [
-        {"index": k + 1, "question": f"Quite another thing, number {k}, is asked here.", "prediction": "?"}
-        for k in range(3)
-    ]
-    assert matched(tmp_path, asked, other) == ("nothing", {}, ["1", "2", "3"], ["1", "2", "3"])
-
-
-def test_a_question_that_a_harness_has_cleaned_is_still_the_samples(tmp_path: Path) -> None:
-    asked = [sample("7", "<image1> What is the area of the  shaded square, in cm\u00b2 (to the nearest whole number)?")]
-    rows = [
-        {
-            "index": 7,
-            "question": "What is the area of the shaded square in cm^2 (to the nearest whole number)",
-            "prediction": "4",
-        }
-    ]
-    assert matched(tmp_path, asked, rows)[:2] == ("id", {"7": ["4"]})
-
-
-def test_places_without_a_question_are_believed_where_the_answers_agree(tmp_path: Path) -> None:
-    asked = [sample(f"s{k}", "?", gold) for k, gold in enumerate("ABCD")]
-    rows = [{"doc_id": k, "target": gold, "filtered_resps": [gold]} for k, gold in enumerate("ABCD")]
-    assert matched(tmp_path, asked, rows)[0] == "place in the data, counted from 0"
-    assert matched(tmp_path, asked, [{**row, "target": "E"} for row in rows])[0] == "nothing"
-
-
-def test_equal_questions_are_told_apart_by_their_answers(tmp_path: Path) -> None:
-    asked = [sample("a", QUESTIONS[0], "5"), sample("b", QUESTIONS[0], "6")]
-    rows = [
-        {"index": f"x{k}", "question": QUESTIONS[0], "answer": gold, "prediction": gold} for k, gold in enumerate("65")
-    ]
-    assert matched(tmp_path, asked, rows)[1] == {"a": ["5"], "b": ["6"]}
-
-
-def test_a_row_twice_is_kept_once_and_two_answers_are_refused(tmp_path: Path) -> None:
-    row = {"id": "a", "benchmark": "b", "split": "s", "response": "x"}
-    file = read_predictions(lines(tmp_path / "p.jsonl", [row, row, {**row, "draw": 1}]))
-    found = match([sample("a")], file.predictions, file.oddities)
-    assert len(found.pairs) == 2 and file.oddities.lines() == [
-        "1 rows that are there twice, of which one is kept (first: p.jsonl, row 1)"
-    ]
-    file = read_predictions(lines(tmp_path / "p.jsonl", [row, {**row, "response": "y"}]))
-    with pytest.raises(RowError, match=r"p\.jsonl, row 1: sample 'a' has another response in row 0, of the same draw"):
-        match([sample("a")], file.predictions, file.oddities)
-
-
-def test_a_sample_with_fewer_draws_than_others_is_missing(tmp_path: Path) -> None:
-    rows = [
-        {"id": i, "draw": k, "benchmark": "b", "split": "s", "response": "x"} for i, k in (("a", 0), ("a", 1), ("b", 1))
-    ]
-    _, pairs, _, missing = matched(tmp_path, [sample("a"), sample("b"), sample("c")], rows)
-    assert pairs == {"a": ["x", "x"], "b": ["x"]} and missing == ["b", "c"]
-
-
 def test_samples_are_made_of_the_rows_where_these_hold_them(tmp_path: Path) -> None:
     row = {"index": 3, "question": "Which?", "choices": "['3/11', '8/11']", "answer": "B", "answer_option": "B", "question_type": "multi_choice",
            "answer_type": "text", "precision": 1.0, "task": "t", "skills": "['x', 'y']", "category": "c", "prediction": "p"}  # fmt: skip
@@ -379,77 +280,6 @@ def test_choices_are_read_in_every_form_and_nothing_is_run() -> None:
         and read_list("[1, 2") is None
     )
     assert [as_text(value) for value in (5.0, 5, "5.0", None, 0.1)] == ["5", "5", "5.0", "", "0.1"]
-
-
-HARD = ("=1+1", "=", "#N/A", "5", "5.0", " spaces ", "tab\tand\nlines\r\nand\rreturns", 'quotes " and \'', "", "\x00\x01\x0b\x1f", "_x000D_ _x005F_",
-        "\u00e9 \u4e2d\u6587 \U0001f600", "<image>&amp;", "\ufeffmark", "x" * 32_000, "1e999", "True", "-", "@now", "\uffff")  # fmt: skip
-
-
-@pytest.mark.parametrize("suffix", [".xlsx", ".tsv"])
-def test_what_is_written_for_vlmevalkit_reads_back_the_same(suffix: str, tmp_path: Path) -> None:
-    pairs = []
-    for k, text in enumerate(HARD):
-        (said,) = read_predictions(lines(tmp_path / "p.jsonl", [{"id": str(k), "response": text}])).predictions
-        pairs.append((sample(str(k), f"=Question {k}?", "=1", choices=["=a", "b"]), said))
-    path = tmp_path / f"Model_GSM8K{suffix}"
-    assert write_vlmevalkit(path, pairs) == {"rows": len(HARD), "draws left out": 0}
-    back = read_predictions(path)
-    assert [(p.key, p.response) for p in back.predictions] == [((str(k),), text) for k, text in enumerate(HARD)]
-    first = back.predictions[0].row
-    assert (first["question"], first["answer"], first["A"], first["B"]) == ("=Question 0?", "=1", "=a", "b")
-    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
-
-
-def test_vlmevalkits_own_reader_finds_every_column_of_its_evaluation(tmp_path: Path) -> None:
-    """pandas, as VLMEvalKit loads; the columns are those that its MathVista and MATH-Vision evaluations read."""
-    pandas = pytest.importorskip("pandas")
-    record = {"question": "Which?", "choices": ["3/11", "8/11"], "question_type": "multi_choice", "answer_type": "text", "precision": None,
-              "gold_answer": "8/11", "scorer": "mathvista"}  # fmt: skip
-    made = Sample("12", [], [], "mathvista", "testmini", record, {"task": "t", "skills": ("x", "y")})
-    (said,) = read_predictions(lines(tmp_path / "p.jsonl", [{"id": "12", "response": "=B"}])).predictions
-    write_vlmevalkit(tmp_path / "m.xlsx", [(made, said)])
-    write_vlmevalkit(tmp_path / "m.tsv", [(made, said)])
-    for found in (pandas.read_excel(tmp_path / "m.xlsx"), pandas.read_csv(tmp_path / "m.tsv", sep="\t")):
-        row = dict(found.iloc[0])
-        assert (row["index"], row["answer_option"], row["prediction"], row["task"]) == (12, "B", "=B", "t")
-        assert (
-            row["choices"] == "['3/11', '8/11']"
-            and row["skills"] == "['x', 'y']"
-            and row["question_type"] == "multi_choice"
-        )
-    vision = Sample(
-        "5",
-        [],
-        [],
-        "mathvision",
-        "test",
-        {**record, "choices": None, "gold_answer": "4", "scorer": "mathvision"},
-        {"subject": "algebra"},
-    )
-    write_vlmevalkit(tmp_path / "v.tsv", [(vision, said)])
-    row = dict(pandas.read_csv(tmp_path / "v.tsv", sep="\t").iloc[0])
-    assert (row["index"], row["choices"], row["category"], row["answer"]) == (5, "[]", "algebra", 4)
-
-
-def test_a_text_too_long_for_a_cell_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
-    (said,) = read_predictions(lines(tmp_path / "p.jsonl", [{"id": "a", "response": "x" * 32_768}])).predictions
-    with pytest.raises(
-        UserError, match=r"holds 32,767 characters, and column 'prediction' of row 'a' needs 32,768\. Write a \.tsv"
-    ):
-        write_vlmevalkit(tmp_path / "m.xlsx", [(sample("a"), said)])
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["p.jsonl"]
-    write_vlmevalkit(tmp_path / "m.tsv", [(sample("a"), said)])
-    assert read_predictions(tmp_path / "m.tsv").predictions[0].response == "x" * 32_768
-
-
-def test_of_several_draws_the_first_is_written(tmp_path: Path) -> None:
-    rows = [{"id": "a", "draw": k, "benchmark": "b", "split": "s", "response": f"r{k}"} for k in range(3)]
-    said = read_predictions(lines(tmp_path / "p.jsonl", rows)).predictions
-    assert write_vlmevalkit(tmp_path / "m.tsv", [(sample("a"), one) for one in said]) == {
-        "rows": 1,
-        "draws left out": 2,
-    }
-    assert [p.response for p in read_predictions(tmp_path / "m.tsv").predictions] == ["r0"]
 
 
 def test_oddities_keep_the_first_place() -> None:

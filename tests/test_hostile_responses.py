@@ -34,7 +34,7 @@ def test_hostile_responses_are_scored_in_a_second_each_and_run_nothing(
 
 
 PIECES = st.sampled_from(
-    ["the answer is ", r"\boxed{", "}", r"\frac{", "(B)", "A.", "3", "**", "=", ",", "$", "\n", "<answer>", "{", '"short answer": "', "Answer: ", "^", "%"]
+    ["the answer is ", r"\boxed{", "}", r"\frac{", "(B)", "A.", "3", "**", "=", ",", "$", "\n", "<answer>", '"short answer": "', "Answer: ", "^", "%"]
 )  # fmt: skip
 RESPONSES = st.text(max_size=80) | st.lists(PIECES, max_size=30).map("".join)
 

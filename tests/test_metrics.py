@@ -62,6 +62,20 @@ def test_a_comparison_is_paired() -> None:
     assert found["p_value"] == pytest.approx(0.21875)  # 2 * (1 + 6) / 2^6
 
 
+def test_a_comparison_of_clusters_and_of_draws_is_not_of_their_rows() -> None:
+    rows = clustered("000", "000", "000", "000", "11")
+    better = [{**row, "correct": row["cluster"] != "c3"} for row in rows]
+    found = compare(rows, better)
+    assert (found["difference"], found["only_second"], found["p_value"]) == (
+        pytest.approx(9 / 14),
+        9,
+        pytest.approx(0.25),
+    )  # 2 / 2^3
+    drawn = [{**row, "draw": d} for row in rows[::3] for d in range(2)]
+    one = [{**row, "correct": row["correct"] or row["draw"] == 1} for row in drawn]
+    assert compare(drawn, one)["difference"] == pytest.approx(sum(not r["correct"] for r in drawn) / 2 / len(drawn))
+
+
 def test_equal_runs_differ_by_nothing() -> None:
     found = compare(rows("1010"), rows("1010"))
     assert (found["difference"], found["stderr"], found["p_value"]) == (0, 0, 1)

@@ -282,7 +282,7 @@ def test_a_judge_is_asked_where_the_protocol_wants_one_and_named(
 
 
 def test_scoring_imports_neither_torch_nor_transformers(tmp_path: Path) -> None:
-    """Two thousand rows, so that the processes which share the work are started too."""
+    """With several processes that share the work, too."""
     row = {
         "question": "q",
         "choices": ["a", "b"],
@@ -292,15 +292,15 @@ def test_scoring_imports_neither_torch_nor_transformers(tmp_path: Path) -> None:
         "metadata": {},
         "response": "(B)",
     }
-    lines(tmp_path / "m.jsonl", [{**row, "pid": k} for k in range(2_050)])
+    lines(tmp_path / "m.jsonl", [{**row, "pid": k} for k in range(200)])
     code = (
-        "import sys; from vlm_dft.cli import main; "
+        "import sys; from vlm_dft import predictions; from vlm_dft.cli import main; predictions.MANY, predictions._cores = 100, lambda: 2; "
         f"status = main(['score', {str(tmp_path / 'm.jsonl')!r}, '--benchmark', 'mathvista', '--to', 'vlmevalkit', {str(tmp_path / 'm.xlsx')!r}]); "
         "heavy = {'torch', 'transformers', 'datasets', 'pandas', 'openai'} & set(sys.modules); assert not heavy, heavy; sys.exit(status)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "2,050" in done.stdout and len(read_predictions(tmp_path / "m.xlsx").predictions) == 2_050
+    assert "200 rows" in done.stdout and len(read_predictions(tmp_path / "m.xlsx").predictions) == 200
 
 
 def test_mathvistas_stored_extractions_give_every_stored_verdict(shared: Path, tmp_path: Path) -> None:

@@ -30,7 +30,8 @@ def read_benchmark(name: str) -> dict[str, Any]:
     """A benchmark card by name or path, everything in it checked. Raises CardError; reads no data.
 
     mathvision:testmini, or own.yaml:a,b, are those splits of a card; the name alone is those that its `default` names, or
-    all. The card's `chosen` lists them.
+    all. The card's `chosen` lists them; its `name` says them where they are not the default, so that it finds the same
+    again; its `set` is the name without them.
     """
     found, _, words = name.rpartition(":") if _names_splits(name) else (name, "", "")
     card = read_card("benchmark", found, required=REQUIRED, optional=OPTIONAL)
@@ -48,7 +49,9 @@ def read_benchmark(name: str) -> dict[str, Any]:
     forms = protocols_of(card)
     if OFFICIAL not in forms:
         raise CardError(f"{where}, protocols: expected one named {OFFICIAL}, found {', '.join(forms)}.")
-    return {**card, "chosen": list(dict.fromkeys(chosen))}
+    chosen = list(dict.fromkeys(chosen))
+    name = card["name"] if chosen == default else f"{card['name']}:{','.join(chosen)}"
+    return {**card, "name": name, "set": card["name"], "chosen": chosen}
 
 
 def protocols_of(card: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

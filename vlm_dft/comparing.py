@@ -14,6 +14,7 @@ from vlm_dft.cards import nearest
 from vlm_dft.conclusions import conclusion
 from vlm_dft.errors import UserError
 from vlm_dft.metrics import METRICS, cluster_of, labels, summarise
+from vlm_dft.named_metrics import by_problem
 from vlm_dft.paired import holm, paired_difference, with_seeds
 from vlm_dft.run_folders import BASE, Run, read_runs, read_scores
 
@@ -35,9 +36,9 @@ def compare_runs(
     """{"runs", "benchmarks": {benchmark: {split: {"runs": {label: measured}, "comparisons": [...]}}}, "warnings", "notes", "versions"}.
 
     Every two runs are compared, the baseline (default: "base", else the first) first; a row for the whole split and every
-    value of every group, by both rules. Holm's correction is over the groups of one comparison by one rule; that of the
-    whole split needs none. common: compare on the samples that all have, instead of refusing. mixed: compare although
-    protocol, decoding or length differ, instead of refusing. Raises UserError.
+    value of every group, and of group "metric" for a benchmark's own numbers, by both rules. Holm's correction is over the
+    groups of one comparison by one rule; the whole split and its metrics need none. common: compare on the samples that all
+    have, instead of refusing. mixed: compare although protocol, decoding or length differ, instead of refusing. Raises UserError.
     """
     from vlm_dft.runs import versions
 
@@ -105,7 +106,7 @@ def _compare_benchmark(
     splits = {}
     for split in dict.fromkeys(str(row["split"]) for row in first):
         here = {label: [[r for r in rows if r["split"] == split] for rows in seeds] for label, seeds in scores.items()}
-        table = _Table(here)
+        table = _Table(here, metrics)
         splits[split] = {
             "runs": {label: table.measured(label, [summarise(rows, metrics)[split] for rows in here[label]]) for label in here},
             "comparisons": [
@@ -119,7 +120,8 @@ def _compare_benchmark(
 class _Table:
     """One split of one benchmark: [seeds, samples] of shares of right draws for every run and rule, in the same samples' order."""
 
-    def __init__(self, runs: Mapping[str, Sequence[Rows]]) -> None:
+    def __init__(self, runs: Mapping[str, Sequence[Rows]], metrics: Sequence[str]) -> None:
+        self.runs, self.metrics = runs, metrics
         first = next(iter(runs.values()))[0]
         samples = {str(row["id"]): row for row in reversed(first)}
         self.place = {name: k for k, name in enumerate(dict.fromkeys(str(row["id"]) for row in first))}
@@ -149,6 +151,32 @@ class _Table:
             ]  # fmt: skip
             for row, p in zip(rows, holm([row["p_value"] for row in rows]), strict=True):
                 yield {**row, "p_adjusted": p}
+            for metric in self.metrics:
+                yield from self._by_metric(metric, rule, against, run, draws)
+
+    def _by_metric(self, metric: str, rule: str, against: str, run: str, draws: int) -> Iterator[dict[str, Any]]:
+        """Rows of group "metric": the numbers of a named metric that are a mean over problems, compared problem by problem."""
+        found = [self._problems(metric, rule, label) for label in (against, run)]
+        for name in found[0]:
+            problems = [key for key in found[0][name][0] if all(key in seed for side in found for seed in side[name])]
+            if problems:
+                first, second = (np.array([[seed[p] for p in problems] for seed in side[name]]) for side in found)
+                halves = 1 if name == "worst" else 2  # We-Math's score has halves
+                one = paired_difference(first, second, np.arange(len(problems)), draws=halves * draws)
+                yield {"group": "metric", "value": f"{metric}, {name}", "rule": rule, **one}
+
+    def _problems(self, metric: str, rule: str, label: str) -> dict[str, list[dict[str, float]]]:
+        """{number: [{problem: its mean over draws} of each seed]}."""
+        found: dict[str, list[dict[str, float]]] = {}
+        for rows in self.runs[label]:
+            draws: dict[int, Rows] = {}
+            for row in rows:
+                draws.setdefault(int(row.get("draw") or 0), []).append(row)
+            each = [by_problem(metric, some, [_right(row, rule) for row in some]) for some in draws.values()]
+            for name, values in each[0].items():
+                mean = {key: math.fsum(one[name].get(key, 0.0) for one in each) / len(each) for key in values}
+                found.setdefault(name, []).append(mean)
+        return found
 
     def measured(self, label: str, seeds: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """A run's summary; of several seeds the mean, with the error of samples and seeds together."""
@@ -188,10 +216,14 @@ class _Table:
             count = np.zeros(len(self.place))
             for row in rows:
                 at = self.place[str(row["id"])]
-                found[k, at] += bool(row["correct"] if rule == "official" else row["robust"]["correct"])
+                found[k, at] += _right(row, rule)
                 count[at] += 1
             found[k] /= count
         return found
+
+
+def _right(row: Row, rule: str) -> bool:
+    return bool(row["correct"] if rule == "official" else row["robust"]["correct"])
 
 
 def _lcm(seeds: Sequence[Rows]) -> int:

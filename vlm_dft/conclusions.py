@@ -32,13 +32,17 @@ def conclusion(row: Row) -> str:
 
 
 def also_said(report: Mapping[str, Any], row: Row) -> Iterator[str]:
-    """What belongs beside the conclusion of a whole split: another rule's other verdict, and the groups that differ for sure."""
+    """What belongs beside the conclusion of a whole split: another rule's other verdict, the benchmark's own
+    numbers, and the groups that differ for sure."""
     rows = [r for r in report["benchmarks"][row["benchmark"]][row["split"]]["comparisons"]
             if (r["run"], r["against"]) == (row["run"], row["against"])]  # fmt: skip
     for other in rows:
         if other["rule"] != row["rule"] and other["group"] is None and _verdict(other) != _verdict(row):
             yield f"not so by the {other['rule']} rule: {conclusion(other).partition(': ')[2]}"
-    groups = [r for r in rows if r["rule"] == row["rule"] and r["group"] is not None]
+    for own in rows:
+        if own["rule"] == row["rule"] and own["group"] == "metric":
+            yield f"{own['value']}: {conclusion(own).partition(': ')[2]}"
+    groups = [r for r in rows if r["rule"] == row["rule"] and r["p_adjusted"] is not None]
     sure = sorted((r for r in groups if r["p_adjusted"] < LEVEL), key=lambda r: r["p_adjusted"])
     if sure:
         named = ", ".join(f"{r['group']} {r['value']} ({_points(r['difference'])})" for r in sure[:SHOWN])

@@ -51,15 +51,21 @@ def number(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def extra_rows(found: Mapping[str, Any]) -> list[tuple[str, dict[str, tuple[str, str]]]]:
-    """(name, {run: (official, robust)}) of everything in the runs' extra metrics, as words: a share with its error, or a number."""
-    rows: dict[str, dict[str, tuple[str, str]]] = {}
+def extra_rows(found: Mapping[str, Any]) -> dict[str, dict[str, dict[str, tuple[str, str]]]]:
+    """{metric: {name: {run: (official, robust)}}} of the runs' extra metrics, as words: a share with its error, or a number.
+
+    A metric of one value stands under "" by its own name. Where there are rates, their counts are left to report.json.
+    """
+    rows: dict[str, dict[str, dict[str, tuple[str, str]]]] = {}
     for run, measured in found["runs"].items():
-        for name, value in (measured.get("extra") or {}).items():
-            robust = value.get("robust") if isinstance(value, Mapping) else None
-            for said, *cells in _leaves(name.replace("_", " "), value, robust):
-                rows.setdefault(said, {})[run] = (cells[0], cells[1])
-    return list(rows.items())
+        for key, value in (measured.get("extra") or {}).items():
+            metric, robust = key.replace("_", " "), value.get("robust") if isinstance(value, Mapping) else None
+            if isinstance(value, Mapping) and "rates" in value:
+                value = {name: item for name, item in value.items() if name != "counts"}
+            for name, official, other in _leaves("", value, robust):
+                cells = rows.setdefault(metric if name else "", {}).setdefault(name or metric, {})
+                cells[run] = official, other if other != official else ""
+    return rows
 
 
 def _leaves(name: str, value: Any, robust: Any) -> Iterator[tuple[str, str, str]]:
@@ -70,7 +76,8 @@ def _leaves(name: str, value: Any, robust: Any) -> Iterator[tuple[str, str, str]
     for key, item in value.items():
         if key != "robust":
             other = robust.get(key) if isinstance(robust, Mapping) else None
-            yield from _leaves(f"{name}, {str(key).replace('_', ' ')}", item, other)
+            said = str(key).replace("_", " ")
+            yield from _leaves(f"{name}, {said}" if name else said, item, other)
 
 
 def _value(value: Any) -> str:

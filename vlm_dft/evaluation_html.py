@@ -154,22 +154,24 @@ def _both(official: str, robust: str) -> str:
 
 
 def _measures(found: Mapping[str, Any], runs: list[str]) -> str:
-    titles = ("run", "official", "robust", "n", "problems", "abstained", "abstained, robust", "cut", "mean tokens")
-    rows = []
-    for run, m in found["runs"].items():
+    columns: dict[str, list[str]] = {}
+    for m in found["runs"].values():
         robust = m.get("robust") or {}
         length = "" if m.get("mean_tokens") is None else f"{m['mean_tokens']:,.1f}"
-        cells = [
-            _interval(m), _interval(robust), *(number(m.get(key)) for key in ("count", "clusters", "abstained")),
-            number(robust.get("abstained")), number(m.get("cut")), length,
-        ]  # fmt: skip
-        rows.append(
-            f"<tr><th scope=row><i class='dot {run_colour(runs, run)}'></i>{escape(run)}</th>"
-            + "".join(f"<td>{cell}</td>" for cell in cells)
-            + "</tr>"
-        )
-    head = "".join(f"<th>{title}</th>" for title in titles)
-    return _scrolled(head, "".join(rows))
+        for title, said in (
+            ("official", _interval(m)), ("robust", _interval(robust)), ("n", number(m["count"])), ("problems", number(m.get("clusters"))),
+            ("abstained", number(m.get("abstained"))), ("abstained, robust", number(robust.get("abstained"))),
+            ("cut", number(m.get("cut"))), ("mean tokens", length),
+        ):  # fmt: skip
+            columns.setdefault(title, []).append(said)
+    columns = {title: cells for title, cells in columns.items() if any(cells)}
+    rows = (
+        f"<tr><th scope=row><i class='dot {run_colour(runs, run)}'></i>{escape(run)}</th>"
+        + "".join(f"<td>{cells[k]}</td>" for cells in columns.values())
+        + "</tr>"
+        for k, run in enumerate(found["runs"])
+    )
+    return _scrolled("".join(f"<th>{title}</th>" for title in ("run", *columns)), "".join(rows))
 
 
 def _scrolled(head: str, body: str, kind: str = "") -> str:
@@ -185,17 +187,17 @@ def _interval(m: Mapping[str, Any]) -> str:
 
 
 def _extra(found: Mapping[str, Any], runs: list[str]) -> str:
-    rows = extra_rows(found)
-    if not rows:
+    metrics, here, none = extra_rows(found), list(found["runs"]), ("", "")
+    if not metrics:
         return ""
-    here = list(found["runs"])
     head = "".join(f"<th><i class='dot {run_colour(runs, run)}'></i>{escape(run)}</th>" for run in here)
-    none = ("", "")
-    body = "".join(
-        f"<tr><th scope=row>{escape(name)}</th>{''.join(f'<td>{_both(*cells.get(run, none))}</td>' for run in here)}</tr>"
-        for name, cells in rows
-    )
-    return _scrolled(f"<th>further metrics (shares in %)</th>{head}", body, "extra")
+    body = ""
+    for metric, rows in metrics.items():
+        body += f"<tr class=name><th colspan={1 + len(here)}>{escape(metric)}</th></tr>" if metric else ""
+        for name, cells in rows.items():
+            said = "".join(f"<td>{_both(*cells.get(run, none))}</td>" for run in here)
+            body += f"<tr><th scope=row>{escape(name)}</th>{said}</tr>"
+    return _scrolled(f"<th>further metrics (shares in %; robust where it differs)</th>{head}", body, "extra")
 
 
 def _group(found: Mapping[str, Any], group: str, title: str, runs: list[str], alone: bool) -> str:

@@ -96,14 +96,16 @@ def _scores(report: Report) -> Any:
 
 
 def _extra(report: Report) -> Any:
-    rows = [(benchmark, split, extra_rows(found)) for benchmark, split, found in splits_of(report)]
-    runs = list(dict.fromkeys(run for _, _, found in rows for _, cells in found for run in cells))
-    table = _table("further metrics", *runs, caption="by the official rule; shares in % ± standard error")
-    for benchmark, split, found in rows:
-        if found:
-            table.add_row(_text(f"{benchmark}, {split}", bold=True))
-        for name, cells in found:
-            table.add_row(_text(name, indent=2), *(cells.get(run, ("", ""))[0] for run in runs))
+    found = [(benchmark, split, extra_rows(found)) for benchmark, split, found in splits_of(report)]
+    runs = list(report["runs"])
+    table = _table(
+        "further metrics", *runs, caption="by the official rule; shares in % ± standard error", first_width=31
+    )
+    for benchmark, split, metrics in found:
+        for metric, rows in metrics.items():
+            table.add_row(_text(f"{benchmark}, {split}{f': {metric}' if metric else ''}", bold=True))
+            for name, cells in rows.items():
+                table.add_row(_text(name, indent=2), *(cells.get(run, ("", ""))[0] for run in runs))
     return table
 
 

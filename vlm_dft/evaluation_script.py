@@ -7,7 +7,8 @@ STYLE = """
 .sr{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
 .runs th,.runs td{text-align:left;vertical-align:top}.runs td{overflow-wrap:normal;min-width:5em}.runs td:last-child{min-width:12em}
 .scroll th:first-child{position:sticky;left:0;background:var(--card)}header .scroll th:first-child{background:var(--bg)}
-.extra th:first-child{white-space:normal}.scroll td,.scroll th{padding:4px 9px}.scroll .left{text-align:left}
+.extra th:first-child{white-space:normal;font-weight:400}.extra tr.name th{font-weight:600}
+.scroll td,.scroll th{padding:4px 9px}.scroll .left{text-align:left}
 th.plot{text-align:center}
 .overview td,.overview th{padding:5px 10px}td small,th small{display:block;font-weight:400;color:var(--soft);font-size:12px}
 tr.name>*{padding-top:14px;text-align:left;color:var(--soft);font-size:12.5px;font-weight:600;border-top:1px solid var(--line)}
@@ -188,11 +189,14 @@ const answer = (s, r) => {
   show();
   return box;
 };
-const isGold = (choice, k, gold) => gold === choice || gold === String.fromCharCode(65 + k) || gold === `(${String.fromCharCode(65 + k)})`;
-const choiceText = (choice, k) => /^\s*\(?[A-Z][.):]/.test(choice) ? choice : `${String.fromCharCode(65 + k)}. ${choice}`;
+const letter = k => String.fromCharCode(65 + k);
+const isGold = (choice, k, gold) => [choice, letter(k), `(${letter(k)})`].includes(gold);
+const named = (choice, k) => choice === letter(k) || /^\s*\(?[A-Z][.):]/.test(choice);
+const choiceText = (choice, k) => named(choice, k) ? choice : `${letter(k)}. ${choice}`;
 const card = (s, place) => {
   const tags = make("div", {class: "tags"}, make("span", {}, where(s)));
-  for (const [name, values] of Object.entries(s.groups)) for (const value of values) tags.append(make("span", {title: name}, value));
+  for (const [name, values] of Object.entries(s.groups)) for (const value of values)
+    tags.append(make("span", {title: name}, value.length < 4 ? `${name} ${value}` : value));
   tags.append(make("code", {}, s.id));
   const words = make("div", {class: "words"});
   words.append(make("p", {class: "question"}, s.question === null ? "(the question is not known here)" : s.question));

@@ -82,7 +82,7 @@ def _layouts_of(card: Mapping[str, Any], split: str) -> Iterator[tuple[str, list
     ((each, values),) = (card.get("each") or {"": [None]}).items()
     for said in card.get("layouts") or [own]:
         hub = str(said.get("hub", "")).strip("/")
-        copies = [hub.replace("/", "--"), hub.rpartition("/")[2]] if hub else [str(card["name"])]
+        copies = [hub.replace("/", "--"), hub.rpartition("/")[2]] if hub else [str(card["set"])]
         names = [".", *([str(said["folder"])] if "folder" in said else copies)]
         parts = []
         for value in values:
@@ -175,7 +175,7 @@ def _others(card: Mapping[str, Any], split: str, root: Path) -> str:
             for name in names[:2]
             if (root / name).is_dir()
         ):
-            return f" Its split {other} is there: {card['name']}:{other}."
+            return f" Its split {other} is there: {card['set']}:{other}."
     return ""
 
 

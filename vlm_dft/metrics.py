@@ -96,20 +96,24 @@ def cluster_of(row: Row) -> str:
     return str(row.get("cluster") or row["id"])
 
 
-def compare(first: Iterable[Row], second: Iterable[Row]) -> dict[str, float | int]:
-    """Paired comparison of two runs on the same ids: `second` minus `first`.
+def compare(first: Iterable[Row], second: Iterable[Row]) -> dict[str, Any]:
+    """Paired comparison of two runs on the same ids by the official rule: `second` minus `first`.
 
     difference and its paired standard error; only_first, only_second: samples that one run alone has right;
-    p_value: exact two-sided McNemar test on those. Raises ValueError when the ids differ.
+    p_value: exact two-sided McNemar test on those; of clusters and draws, paired.paired_difference's test and error.
+    Raises ValueError when the ids differ.
     """
-    a, b = ({row["id"]: bool(row["correct"]) for row in rows} for rows in (first, second))
+    a, b = (_by(list(rows), lambda row: str(row["id"])) for rows in (first, second))
     if set(a) != set(b) or not a:
         odd = sorted(set(a) ^ set(b))
         raise ValueError(
             f"A paired comparison needs the same ids in both runs. {len(odd)} are in one only, e.g. {odd[:1]}."
         )
-    n = len(a)
-    lost, won = sum(a[i] and not b[i] for i in a), sum(b[i] and not a[i] for i in a)
+    clusters = [cluster_of(rows[0]) for rows in a.values()]
+    if len(set(clusters)) < len(a) or any(len(rows) > 1 for rows in (*a.values(), *b.values())):
+        return _compare_clusters([a, {name: b[name] for name in a}], clusters)
+    right = [{name: bool(rows[0]["correct"]) for name, rows in run.items()} for run in (a, b)]
+    n, lost, won = (len(a), *(sum(x[name] and not y[name] for name in a) for x, y in (right, right[::-1])))
     return {
         "difference": (won - lost) / n,
         "stderr": math.sqrt(max(0.0, (won + lost) - (won - lost) ** 2 / n)) / n,
@@ -118,6 +122,19 @@ def compare(first: Iterable[Row], second: Iterable[Row]) -> dict[str, float | in
         "only_second": won,
         "p_value": mcnemar(lost, won),
     }
+
+
+def _compare_clusters(runs: Sequence[Mapping[str, Sequence[Row]]], clusters: Sequence[str]) -> dict[str, Any]:
+    import numpy as np
+
+    from vlm_dft.paired import paired_difference
+
+    shares = [
+        np.array([[sum(bool(row["correct"]) for row in rows) / len(rows) for rows in run.values()]]) for run in runs
+    ]
+    draws = math.lcm(*{len(rows) for run in runs for rows in run.values()})
+    found = paired_difference(shares[0], shares[1], np.unique(clusters, return_inverse=True)[1], draws=draws)
+    return {key: found[key] for key in ("difference", "stderr", "count", "only_first", "only_second", "p_value")}
 
 
 def mcnemar(lost: int, won: int) -> float:

@@ -120,13 +120,22 @@ def _vote(verdicts: Sequence[Mapping[str, Any]]) -> bool:
     )
 
 
-def _four_dimensions(rows: Rows, right: Sequence[bool]) -> Found:
+def by_problem(metric: str, rows: Rows, right: Sequence[bool]) -> dict[str, dict[str, float]]:
+    """{number of a metric: {cluster: its value}} of the numbers that are a mean over clusters, of rows of one draw: what two
+    runs are compared by. Empty for a metric that has none but what accuracy has."""
+    if metric == "four_dimensional":
+        return {f"score_{kind}": values for kind, values in _mastered(rows, right)[1].items()}
+    return {"worst": _whole_seeds(rows, right)[0]} if metric == "worst_case" else {}
+
+
+def _mastered(rows: Rows, right: Sequence[bool]) -> tuple[Counter[str], dict[str, dict[str, float]], int]:
+    """(counts of the dimensions, {strict, loose: {problem: its score}}, problems that lack a row)."""
     keys, problems = _labels(rows, "key", "four_dimensional"), dict[str, dict[str, bool]]()
     for row, key, ok in zip(rows, keys, right, strict=True):
         problems.setdefault(_cluster(row), {})[key] = ok
     counts = Counter[str]()
-    scores: dict[str, list[float]] = {"strict": [], "loose": []}
-    for answered in problems.values():
+    scores: dict[str, dict[str, float]] = {"strict": {}, "loose": {}}
+    for problem, answered in problems.items():
         whole = next((key for key, steps in STEPS.items() if {key, *steps} <= set(answered)), None)
         if whole is None:
             continue
@@ -134,15 +143,20 @@ def _four_dimensions(rows: Rows, right: Sequence[bool]) -> Found:
         for kind, mastered in (("strict", all(steps)), ("loose", any(steps))):
             if answered[whole]:
                 name = f"{'CM' if mastered else 'RM'}_{kind}"
-                scores[kind].append(float(mastered))
+                scores[kind][problem] = float(mastered)
             else:
                 name = "IG" if all(steps) else "IK"
-                scores[kind].append(0.5 * all(steps))
+                scores[kind][problem] = 0.5 * all(steps)
             counts[name] += kind == "strict" or "_" in name
-    n = len(scores["strict"])
+    return counts, scores, len(problems) - len(scores["strict"])
+
+
+def _four_dimensions(rows: Rows, right: Sequence[bool]) -> Found:
+    counts, scores, incomplete = _mastered(rows, right)
+    keys, n = _labels(rows, "key", "four_dimensional"), len(scores["strict"])
     single = {step for steps in STEPS.values() for step in steps}
     parts = {"S1": single, **{f"S{key[0]}": {key} for key in STEPS}}
-    found: Found = {"problems": n, "incomplete": len(problems) - n}
+    found: Found = {"problems": n, "incomplete": incomplete}
     if n:
         names = ("IK", "IG", "CM_strict", "CM_loose", "RM_strict", "RM_loose")
         solved = counts["CM_strict"] + counts["RM_strict"]  # = loose
@@ -150,7 +164,7 @@ def _four_dimensions(rows: Rows, right: Sequence[bool]) -> Found:
         found["rates"] = {
             name: counts[name] / n if name[:2] != "RM" else counts[name] / solved if solved else None for name in names
         }
-        found |= {f"score_{kind}": share(values) for kind, values in scores.items()}
+        found |= {f"score_{kind}": share(list(values.values())) for kind, values in scores.items()}
     for name, some in parts.items():
         at = [k for k, key in enumerate(keys) if key in some]
         if at:
@@ -158,20 +172,25 @@ def _four_dimensions(rows: Rows, right: Sequence[bool]) -> Found:
     return found
 
 
-def _worst(rows: Rows, right: Sequence[bool]) -> Found:
+def _whole_seeds(rows: Rows, right: Sequence[bool]) -> tuple[dict[str, float], dict[str, float], int]:
+    """({seed: whether all its variants are right}, {seed: share of them}, seeds that lack a variant)."""
     seeds: dict[str, list[bool]] = {}
     for row, ok in zip(rows, right, strict=True):
         seeds.setdefault(_cluster(row), []).append(ok)
     size = max(map(len, seeds.values()))
     whole = {seed: oks for seed, oks in seeds.items() if len(oks) == size}
     worst = {seed: float(all(oks)) for seed, oks in whole.items()}
-    average = {seed: sum(oks) / size for seed, oks in whole.items()}
+    return worst, {seed: sum(oks) / size for seed, oks in whole.items()}, len(seeds) - len(whole)
+
+
+def _worst(rows: Rows, right: Sequence[bool]) -> Found:
+    worst, average, incomplete = _whole_seeds(rows, right)
     found: Found = {
         "average": share([float(ok) for ok in right], [_cluster(row) for row in rows]),
         "worst": share(list(worst.values())),
         "robustness": ratio(worst, average),
-        "seeds": len(whole),
-        "incomplete": len(seeds) - len(whole),
+        "seeds": len(worst),
+        "incomplete": incomplete,
     }
     if all((row.get("groups") or {}).get("variant") is not None for row in rows):
         found["variants"] = _shares(_labels(rows, "variant", "worst_case"), right)

@@ -127,6 +127,8 @@ def leading_option(text: str, choices: Sequence[str]) -> str | None:
     if pattern is None or not (found := pattern.match(text)):
         word = re.match(r"(?:yes|no|true|false)\b", text, re.IGNORECASE)
         return same_option(word[0], choices) if word else None
+    if found[0][-1].isdigit() and re.match(r"\s?[-+*/×÷=<>^]", text[found.end() :]):
+        return None  # the start of a calculation
     return same_option(found[0], choices)
 
 

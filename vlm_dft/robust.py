@@ -21,6 +21,7 @@ OUTRIGHT = ("boxed", "answer tag")
 """Rules whose statement is the answer and nothing but: one that is no option answers none, whatever stands elsewhere."""
 STATED = (*OUTRIGHT, "announced")
 _MATHEMATICS = re.compile(r"[\d\\\\=]")
+_READ_AS_S = re.compile(r"\bS(?=\d)")  # a dollar sign, as text recognition gives it to models and they give it back
 _LETTER = re.compile(r"\W*([A-Za-z])\W*")
 _LETTERS = re.compile(r"\W*([A-Ha-h])(?:\W+(?:and\W+)?([A-Ha-h]))+\W*", re.IGNORECASE)
 KINDS: dict[str, Kind] = {
@@ -104,7 +105,11 @@ def _several(response: str, right: frozenset[str], question: str | None) -> Scor
 def _written(response: str, gold: str, kind: Kind, sample: Mapping[str, Any]) -> Score:
     """What a free-form response states, equal in meaning to the gold answer."""
     question = sample.get("question")
-    found = _number(response, question) if kind == "number" else stated_answer(response, kind=kind, question=question)
+    if kind == "number":
+        dollars = sample.get("unit") == "$" or "(Unit: $)" in str(question)
+        found = _number(response, question, dollars=dollars)
+    else:
+        found = stated_answer(response, kind=kind, question=question)
     if found.answer is None:
         return Score(False, None, found.rule)
     if kind == "list":
@@ -114,11 +119,13 @@ def _written(response: str, gold: str, kind: Kind, sample: Mapping[str, Any]) ->
     return Score(correct, found.answer, f"{found.rule}, {'equal' if kind == 'text' else 'equivalent'} {kind}")
 
 
-def _number(response: str, question: str | None) -> Extracted:
+def _number(response: str, question: str | None, *, dollars: bool) -> Extracted:
     """The number that a response states: a box or a whole response of mathematics is the answer, not one number of it (16-8\\pi is not 8)."""
-    if len(response) <= SHORT and is_mathematics(response):
-        return Extracted(response.strip(), "whole response")
     response = response.replace(" | ", "\n")  # the cells of a table's row are no one sentence
+    if dollars:
+        response = _READ_AS_S.sub("$", response)
+    if len(response) <= SHORT and "\n" not in response and is_mathematics(response):
+        return Extracted(response.strip(), "whole response")
     written = stated_answer(response, kind="expression", question=question)
     if written.rule in OUTRIGHT and written.answer is not None and is_mathematics(written.answer):
         return written

@@ -68,7 +68,12 @@ def read_scores(folder: Path, benchmark: str) -> list[dict[str, Any]]:
     from vlm_dft.predictions import read_jsonl
 
     path = folder / SCORES
-    rows, seen = read_jsonl(path), set[tuple[str, int]]()
+    try:
+        rows, seen = read_jsonl(path), set[tuple[str, int]]()
+    except UnicodeDecodeError as error:
+        raise RowError(
+            f"{path}: not UTF-8 ({error.reason} at byte {error.start}). Score the predictions again."
+        ) from error
     if not rows:
         raise RowError(f"{path} is empty. Score the predictions again.")
     for number, row in enumerate(rows, 1):

@@ -11,6 +11,7 @@ from vlm_dft.commands import check_writable, echo
 from vlm_dft.errors import UserError
 
 WRITTEN = ("vlmevalkit",)
+SHOWN, WIDE = 35, 48  # values of a group, and characters of one, that the table shows
 
 
 def add_score(commands: Any) -> None:
@@ -126,8 +127,11 @@ def results_table(results: Mapping[str, Any]) -> Any:
     for split, whole in results["splits"].items():
         table.add_row(split, *_cells(whole), style="bold")
         for group, values in whole["groups"].items():
+            if len(values) > SHOWN:
+                table.add_row(f"  {group}: {len(values)} values, in --json")
+                continue
             for value, found in values.items():
-                table.add_row(f"  {group}: {value}", *_cells(found))
+                table.add_row(f"  {group}: {value if len(value) <= WIDE else value[: WIDE - 1] + '…'}", *_cells(found))
         for name, found in _shares(whole.get("extra") or {}):
             table.add_row(f"  {name}", *_cells(found))
     return table

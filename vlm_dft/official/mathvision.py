@@ -97,11 +97,11 @@ def _tidy(text: str) -> str:
     for sign in ("=", "\\approx"):
         text = text.rpartition(sign)[2] if text.count(sign) == 1 else text
     if "sqrt" in text:
-        text = _braced_fractions(_braced_roots(text))
-    return _slash("\\frac{1}{2}" if text == "0.5" else text)
+        text = braced_fractions(braced_roots(text))
+    return slash("\\frac{1}{2}" if text == "0.5" else text)
 
 
-def _braced_roots(text: str) -> str:
+def braced_roots(text: str) -> str:
     """`\\sqrt3` as `\\sqrt{3}`."""
     first, *others = text.split("\\sqrt")
     return first + "".join(
@@ -109,7 +109,7 @@ def _braced_roots(text: str) -> str:
     )
 
 
-def _braced_fractions(text: str) -> str:
+def braced_fractions(text: str) -> str:
     """`\\frac12` as `\\frac{1}{2}`, `\\frac1{72}` as `\\frac{1}{72}`; as it was where one has nothing to divide."""
     first, *others = text.split("\\frac")
     parts = [first]
@@ -123,7 +123,7 @@ def _braced_fractions(text: str) -> str:
     return "\\frac".join(parts)
 
 
-def _slash(text: str) -> str:
+def slash(text: str) -> str:
     """`3/4` as `\\frac{3}{4}`, when that is all there is."""
     above, slash, below = text.partition("/")
     try:
