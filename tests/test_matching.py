@@ -88,6 +88,18 @@ def test_places_without_a_question_are_believed_where_the_answers_agree(tmp_path
     assert matched(tmp_path, asked, [{**row, "target": "E"} for row in rows])[0] == "nothing"
 
 
+def test_the_id_in_a_metric_of_lmms_eval_is_the_samples(tmp_path: Path) -> None:
+    asked = [sample(str(k + 7), question) for k, question in enumerate(QUESTIONS)]
+    metrics = [
+        {"question_id": str(k + 7), "query": q, "answer": "what the model said"} for k, q in enumerate(QUESTIONS)
+    ]
+    rows = [
+        {"doc_id": 9 - k, "target": "?", "filtered_resps": "r", "gpt_eval_score": metric}
+        for k, metric in enumerate(metrics)
+    ]
+    assert matched(tmp_path, asked, rows) == ("column question_id", {"7": ["r"], "8": ["r"], "9": ["r"]}, [], [])
+
+
 def test_equal_questions_are_told_apart_by_their_answers(tmp_path: Path) -> None:
     asked = [sample("a", QUESTIONS[0], "5"), sample("b", QUESTIONS[0], "6")]
     rows = [

@@ -16,6 +16,7 @@ from vlm_dft.spreadsheets import xlsx_rows
 
 LONG = 100_000  # characters of a response that are worth a word
 FAILED = re.compile(r"Failed to obtain answer")  # what VLMEvalKit stores where no response came
+IN_METRICS = ("pid", "question_id", "sample_index", "question", "query")  # of a sample, in lmms-eval's metrics
 LOOKED_AT = 50  # rows that a format is told by
 
 
@@ -211,7 +212,7 @@ def _format(path: Path, rows: list[Mapping[str, Any]]) -> Format:
 
 def _responses(format: Format, row: Mapping[str, Any], where: str, oddities: Oddities) -> Iterator[Prediction]:
     """The responses of a row, in the order of their draws. Raises RowError for a row without a key or a response."""
-    record = {**row, **row["doc"]} if isinstance(row.get("doc"), Mapping) else row
+    record = _record(row) if format.name == "lmms-eval" else row
     key = tuple(as_text(row.get(column)) for column in format.key)
     if not all(key):
         raise RowError(f"{where}: expected a value of {' and '.join(format.key)}, found {row.get(format.key[0])!r}.")
@@ -231,6 +232,14 @@ def _responses(format: Format, row: Mapping[str, Any], where: str, oddities: Odd
             extraction=None if extraction is None else as_text(extraction),
             verdict=verdict if isinstance(verdict, bool) else None,
         )  # fmt: skip
+
+
+def _record(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A row of lmms-eval with what it says of its sample: its `doc`, where it was kept, and the ids that its metrics repeat."""
+    doc = row["doc"] if isinstance(row.get("doc"), Mapping) else {}
+    metrics = [value for name, value in row.items() if name != "doc" and isinstance(value, Mapping)]
+    named = {name: metric[name] for metric in metrics for name in IN_METRICS if name in metric}
+    return {**named, **row, **doc}
 
 
 def _response(value: Any, where: str, oddities: Oddities) -> str:

@@ -45,7 +45,7 @@ def score_predictions(
 def refuse_partial(file: ForeignFile, matched: Matched, hint: str = "") -> None:
     """Raise RowError for rows that cannot be read, samples without a prediction and predictions without a sample."""
     if len(file.unreadable) == 1:
-        raise file.unreadable[0]
+        raise RowError(f"{file.unreadable[0]}{hint}", file.unreadable[0].reason)
     missing, unknown = [s.id for s in matched.missing], ["/".join(p.key) for p in matched.unknown]
     found = [
         f"{len(ids):,} {what}, first {ids[0]!r}"
