@@ -315,10 +315,10 @@ NOTES = (
     "1/55 is 1/60, 1/300 is 1/100, and 1/3 is (3^1008-1)/3^1009.",
     "- MathVista, 20 of 30: the model runs on, asks itself further questions and answers those. GPT-4 extracted the last answer; the robust rule "
     "reads the one to the question that was asked (14 times the gold answer, 6 times not).",
-    "- MathVista and LogicVista, 9 cases: GPT-4 chose an option where the response refuses or repeats the question; the robust rule abstains.",
+    "- MathVista and LogicVista, 8 cases: GPT-4 chose an option where the response refuses or repeats the question; the robust rule abstains.",
     "- TabMWP, 7 of 10: a response that is no option goes officially to the first option with the most words in common. The robust rule "
     "finds the option named in other case, or none.", "",
-    "The robust rule's own mistakes among the 90, about 15: lists of all letters or options, answers of two parts, rows of a table, a ratio "
+    "The robust rule's own mistakes among the 90, about 20: lists of all letters or options, answers of two parts, rows of a table, a ratio "
     "read as its first number, and a refusal seen in a question about what cannot be done.",
 )  # fmt: skip
 

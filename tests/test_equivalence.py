@@ -35,8 +35,9 @@ SAME = [
     ("[2014, 2016]", "2014, 2016"), ("{1,2}", "2, 1"), (r"\{1,2\}", "{2,1}"), ("3 or 5", "5, 3"), ("3 and 5", "3, 5"), ("(1/2, 3)", "(0.5, 3)"),
     (r"(0,1]", r"\left(0,1\right]"), ("x>3", r"(3,\infty)"), (r"-2 \le x \le 7", "[-2,7]"), (r"x \in [-2,7]", "[-2, 7]"),
     (r"(-\infty,2)\cup(3,\infty)", r"(3, \infty) \cup (-\infty, 2)"), (r"1\pm\sqrt2", r"1+\sqrt{2}, 1-\sqrt{2}"),
-    ("9:00 A.M.", "9:00 am"), ("2:3", "2/3"), ("The cat.", "cat"), (r"\text{None of these}", "none of these"), (r"\boxed{5}", "5"),
-    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"), ("**42**", "42"), ("$x$", "x"),
+    ("9:00 A.M.", "9:00 am"), ("50.27 cm", r"Circumference $=50.27 \mathrm{~cm}$"), ("y>-3x", "$y>-3 x$"), ("2:3", "2/3"),
+    ("The cat.", "cat"), (r"\text{None of these}", "none of these"), (r"\boxed{5}", "5"),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix} 1 \\ \frac{4}{2} \end{pmatrix}"), ("**42**", "42"), ("$x$", "x"),
 ]  # fmt: skip
 
 DIFFERENT = [
@@ -123,7 +124,7 @@ def test_expressions_have_the_values_that_sympy_gives_them() -> None:
 
     rng = random.Random(3)
     compared = 0
-    for _ in range(30):
+    for _ in range(14):
         text = random_expression(rng, 3)
         ours = read_expression(text)
         assert ours is not None, text
@@ -135,7 +136,7 @@ def test_expressions_have_the_values_that_sympy_gives_them() -> None:
             continue
         assert complex(mine) == pytest.approx(value, rel=1e-9, abs=1e-9), text
         compared += 1
-    assert compared > 20
+    assert compared > 9
 
 
 def test_expanded_and_factored_polynomials_of_sympy_are_the_same_and_neighbours_are_not() -> None:
@@ -164,7 +165,8 @@ def test_math_verify_is_asked_only_where_nothing_cheaper_reads_the_answer() -> N
         "import sys\nfrom vlm_dft.equivalence import equivalent\n"
         "assert equivalent('50%', '0.5') and equivalent('x^2-1', '(x-1)(x+1)') and not equivalent('(1,2]', '[1,2]')\n"
         "assert not {'sympy', 'math_verify', 'torch'} & set(sys.modules)\n"
-        "assert equivalent(r'\\begin{pmatrix}1\\\\2\\end{pmatrix}', r'\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}') and 'math_verify' in sys.modules\n"
+        "from vlm_dft.equivalence import equivalent as same\n"
+        "assert same(r'\\begin{pmatrix}1\\\\2\\end{pmatrix}', r'\\begin{pmatrix}1\\\\\\frac{4}{2}\\end{pmatrix}') and 'math_verify' in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
@@ -172,7 +174,7 @@ def test_math_verify_is_asked_only_where_nothing_cheaper_reads_the_answer() -> N
 def test_answers_are_compared_in_any_thread() -> None:
     found: list[bool] = []
     matrix = r"\begin{pmatrix}1\\2\end{pmatrix}"
-    thread = threading.Thread(target=lambda: found.append(equivalent(matrix, matrix.replace("2", " 2 "))))
+    thread = threading.Thread(target=lambda: found.append(equivalent(matrix, matrix.replace("2", r"\frac{4}{2}"))))
     thread.start()
     thread.join()
     assert found == [True]
@@ -186,7 +188,7 @@ def test_latex_text_takes_off_what_does_not_matter() -> None:
 PIECES = r"\frac \sqrt { } ^ ( ) 9 x \pm \cup , = - ! | _".split()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     st.text(max_size=60) | st.text(alphabet="0123456789+-*/^(){}[]|\\,.%$ xe=<>", max_size=60)
     | st.lists(st.sampled_from(PIECES), max_size=40).map("".join),

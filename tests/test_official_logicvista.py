@@ -56,7 +56,7 @@ def test_no_family_of_models_is_read_worse(same: list[tuple[dict[str, Any], bool
     ("response", "extraction", "rule"),
     [
         ("", "", "empty response"), ("T", "zzzzz", "single symbol"), ("g", "zzzzz", "single symbol"), ("<", "zzzzz", "single symbol"),
-        ("b", "B", "leading letter"), ("3", "3", "single digit"), ("USER: hi ASSISTANT: D", "D", "last line"),
+        ("b", "B", "letters alone"), ("3", "3", "single digit"), ("USER: hi ASSISTANT: D", "D", "last line"),
         ("B and D", "B, D", "letters alone"), ("1. A\n2. B\n3. C", "A, B, C", "letters alone"),
         ("The correct answer is B.", "B", "announced"), ("The answer is D, C.", "D, C", "announced"),
         ("Only two of them (B and D) turn.", "B, D", "concluding sentence"), ("A is correct. The rest is not.", "A", "concluding sentence"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -51,6 +52,26 @@ def test_raw_responses_agree_with_the_official_verdicts_better_than_any_peer(agr
 
 def test_no_family_of_models_is_read_worse(agreement: dict[str, float]) -> None:
     assert min(agreement.values()) >= 98.5, agreement
+
+
+AROUND = {
+    "a courtesy": lambda text: text + "\n\nI hope this helps! Let me know if you have any other questions.",
+    "thoughts": lambda text: f"<think>\nIs it (A) or (B)? Maybe 5. The answer is B.\n</think>\n\n{text}",
+    "bold letters": lambda text: re.sub(r"\(([A-E])\)", r"**(\1)**", text),
+    "Windows lines": lambda text: text.replace("\n", "\r\n"),
+    "an end token": lambda text: text + "<|im_end|>",
+}
+
+
+@pytest.mark.parametrize("what", AROUND)
+def test_what_stands_around_an_answer_does_not_change_the_verdict(what: str, cases: list[dict[str, Any]]) -> None:
+    kept = [case for case in cases if case["tier"] == "A"][::5]
+    flipped = [
+        c["id"]
+        for c in kept
+        if score_mathvista(AROUND[what](c["response"]), c).correct != score_mathvista(c["response"], c).correct
+    ]
+    assert len(kept) == 573 and not flipped
 
 
 @pytest.mark.parametrize(

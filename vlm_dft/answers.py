@@ -24,6 +24,7 @@ from vlm_dft.statements import (
     Statement,
     bare,
     conclusions,
+    restates,
     segments,
     sentences,
     settled,
@@ -89,8 +90,8 @@ def stated_in(text: str, kind: Kind, asking: Asking) -> Extracted:
     whole = bare((asking.question or "")[:4_000])
     text = without_listing(text) if kind == "choice" else text
     for one in reversed(_strict(statements(text), text) if kind in ("text", "expression") else statements(text)):
-        if len(one.text) >= 12 and bare(one.text) in whole:
-            continue
+        if kind != "choice" and restates(one.text, whole):
+            continue  # an option may stand in the question
         if found := READERS[kind](one.text, asking):
             return Extracted(found, one.rule)
         if ABSTAINS.search(one.text):

@@ -36,6 +36,7 @@ _EDGES = re.compile(r"^[\s\"'`.,;:!?*_]+|[\s\"'`.,;:!?*_]+$")
 _EQUALS = re.compile(r"(?<![<>!])=|\\approx(?![a-zA-Z])|\\equiv(?![a-zA-Z])")
 _OPENS, _CLOSES = "([{", ")]}"
 _ABBREVIATED = re.compile(r"(?<=[a-z])\.")  # a.m.
+_SPACE = re.compile(r"(?<!\w) | (?!\w)")  # one that keeps no two words or numbers apart
 _RATIO = re.compile(r"(\d{1,9})\s*:\s*(\d{1,9})")
 _BOUNDS = re.compile(r"(?:([^<>=]+?)\s*(<|\\le)\s*)?([a-zA-Z])\s*(<|>|\\le|\\ge)\s*([^<>=]+)")
 _MEMBER = re.compile(r"[a-zA-Z]\s*\\in(?![a-zA-Z])\s*")
@@ -78,7 +79,11 @@ def words(text: str) -> str:
 
 
 def _same(answer: str, gold: str, unit: str | None, precision: int | None, depth: int) -> bool:
-    if answer == gold or (len(gold) > 1 and words(answer) == words(gold) != ""):
+    if (
+        answer == gold
+        or _SPACE.sub("", answer) == _SPACE.sub("", gold)
+        or (len(gold) > 1 and words(answer) == words(gold) != "")
+    ):
         return True
     wanted, found = read_quantity(gold), read_quantity(answer)
     if wanted is not None and found is not None:

@@ -19,6 +19,7 @@ _UNICODE = {
 _FOREIGN = re.compile("|".join(map(re.escape, _UNICODE)))
 _HIDDEN = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f-\x9f\u200b-\u200f\u2060\ufeff\ud800-\udfff]")
 _BOXED = re.compile(r"\\f?boxed\s*\{(.*)\}", re.DOTALL)
+_MARK = re.compile(r"(?<!\\)\$(?!\s*\.?\d)")  # a dollar that is no money
 _NAMES = r"text(?:bf|it|rm|sf|tt)?|mathrm|mathbf|mathit|mathsf|boldsymbol|bm|mbox|operatorname"
 _SAME = (
     (re.compile(rf"\\(?:{_NAMES})\s*\{{([^{{}}]*)\}}"), r" \1 "),
@@ -48,7 +49,7 @@ def latex_text(text: str) -> str:
         text = inner
     for pattern, instead in _SAME:
         text = pattern.sub(instead, text)
-    return _ended(text.replace(r"\$", "$").strip())
+    return _ended(_MARK.sub("", text).replace(r"\$", "$").strip())
 
 
 def _unwrapped(text: str) -> str:

@@ -34,7 +34,7 @@ RESULT = re.compile(
 )
 
 RADICAL = re.compile(r"(?:√|sqrt)\s?[{(]?\s?$")
-OPERATOR = re.compile(r"[^\W\d_]{0,3}[\s)]{0,3}(?:[+*/×÷−]|\\(?:times|cdot|div)|-\s)\s?[(\d$]")
+OPERATOR = re.compile(r"[^\W\d_]{0,3}[\s)]{0,3}(?:[+*/×÷−=]|\\(?:times|cdot|div)|-\s)\s?[(\d$]")
 """What shows that a number before it is not yet the result."""
 
 ASIDE = re.compile(
@@ -118,7 +118,7 @@ def _before_aside(text: str, results: Sequence[Number]) -> Number:
 
 def _upper_end(text: str, number: Number) -> str:
     """The upper end where a number begins a range ("from 1 to 7")."""
-    found = re.compile(r"\s?(?:to|-)\s?(\d{1,20}(?:\.\d{1,20})?)\b(?!\s?=)").match(text, number.end)
+    found = re.compile(r"[\s$]{0,3}(?:to|-)[\s$]{0,3}(\d{1,20}(?:\.\d{1,20})?)\b(?!\s?=)").match(text, number.end)
     return found[1] if found else number.text
 
 

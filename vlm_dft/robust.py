@@ -7,6 +7,7 @@ is drawn, and nothing goes to the nearest option. The rule's name says how the a
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,6 +22,9 @@ OUTRIGHT = ("boxed", "answer tag")
 """Rules whose statement is the answer and nothing but: one that is no option answers none, whatever stands elsewhere."""
 STATED = (*OUTRIGHT, "announced")
 _MATHEMATICS = re.compile(r"[\d\\\\=]")
+_SHORT_ANSWER = re.compile(r'"(?:short[ _])?answer"\s*:\s*("(?:[^"\\]|\\.){0,2000}"|-?[\d.]{1,40})', re.IGNORECASE)
+_COMMAND = re.compile(r"(?<!\\)\\(?=[a-zA-Z]{2})")  # of LaTeX, in JSON that does not escape it
+_TEMPLATE = re.compile(r"<answer>\s*:\s*<{0,2}([^<>]{1,400})", re.IGNORECASE)
 _READ_AS_S = re.compile(r"\bS(?=\d)")  # a dollar sign, as text recognition gives it to models and they give it back
 _LETTER = re.compile(r"\W*([A-Za-z])\W*")
 _LETTERS = re.compile(r"\W*([A-Ha-h])(?:\W+(?:and\W+)?([A-Ha-h]))+\W*", re.IGNORECASE)
@@ -34,6 +38,7 @@ KINDS: dict[str, Kind] = {
 
 def score_robust(response: str, sample: Mapping[str, Any]) -> Score:
     """Score a response by what it states and what that means. Never raises on a response."""
+    response = _tagged(response)
     choices = [str(choice) for choice in sample.get("choices") or ()]
     gold, question = str(sample["gold_answer"]), sample.get("question")
     if sample.get("question_type") == "multi_choice" or choices:
@@ -42,14 +47,28 @@ def score_robust(response: str, sample: Mapping[str, Any]) -> Score:
     return _written(response, gold, kind, sample)
 
 
+def _tagged(response: str) -> str:
+    """A response in the forms that DynaMath and We-Math ask for (JSON with a "short answer"; <Answer>: <<B>>) with its answer in tags."""
+    found = _SHORT_ANSWER.findall(response) if "nswer" in response else []
+    if found:
+        try:
+            answer = json.loads(_COMMAND.sub(r"\\\\", found[-1]), strict=False)
+        except ValueError:
+            answer = found[-1][1:-1] if found[-1].startswith('"') else found[-1]
+        return f"<answer>{answer}</answer>"
+    return _TEMPLATE.sub(r"<answer>\1</answer>", response)
+
+
 def _chosen(response: str, choices: Sequence[str], gold: str, question: str | None) -> Score:
     """The letter stated is the gold letter's, or that of an option whose text is the gold answer."""
+    from vlm_dft.official.logicvista import options_asked  # here, since official rules may fall back on this one
+
     right = gold_letters(gold, choices)
     if len(right) > 1 and not choices:
         return _several(response, right, question)
-    texts = (
-        None if list(choices) == list(option_letters(choices)) else choices
-    )  # "A", "B", ..: the options are in the picture
+    texts = list(choices) or options_asked(question or "") or []
+    if texts == list(option_letters(texts)):
+        texts = []  # "A", "B", ..: the options are in the picture
     found = stated_answer(response, choices=texts or None, kind="choice", question=question)
     written = stated_answer(response, kind="expression", question=question) if texts else found
     if texts and written.answer is not None and (written.rule in OUTRIGHT or found.rule not in STATED):

@@ -47,8 +47,17 @@ def settled(response: str) -> str:
     text = THOUGHT_START.sub("\n", THOUGHT_END.sub("\n", response))
     text = UNSEEN.sub("", SPECIAL.sub(" ", text)).translate(WIDE)
     text = SPACES.sub(" ", STYLE.sub("", text)).strip()
+    while (polite := COURTESY.search(text, max(0, len(text) - 300))) and text[: polite.start()].strip():
+        text = text[: polite.start()].rstrip()
     return ITEM.sub("", text) if len(ITEM.findall(text)) > 1 else text
 
+
+COURTESY = re.compile(
+    r"(?<!\S)(?:I(?:'d| would| am|'m)? (?:be )?(?:hope|happy|glad)|Hope|Please (?:let|feel)|Let me know|Feel free|If you (?:have|need|want)"
+    r"|Don't hesitate|Do you have|Is there anything)\b[^.!?\n]{0,160}[.!?\s]*$",
+    re.IGNORECASE,
+)
+"""A sentence that takes leave at the end."""
 
 LONE = re.compile(r"(?:\A|[^A-Z\s)][ \t]*\n|:)[\s*_$#]{0,8}(\(?[A-Z]\)?)[\s*_$.]{0,8}\Z")
 """A last line that is a letter, or ends in a colon and a letter."""
@@ -82,12 +91,16 @@ CUE = re.compile(
     r"(?:\b(?:is|are|was|be|becomes|remains|est|es|ist|è|é)\b(?!\s+(?:not\b|n't))|[:=]|->|→)[*_ ]{0,4}"
     r"|(?:答案|正确选项|正确答案|选项|结果|结论)[^。\n]{0,12}?[是为:选】]{1,2}\s?|(?:答え|正解|정답|답)\s?[は은는:]\s?"
     r"|\b(?:(?:choose|chose|select(?:ed)?|pick(?:ed)?|go with|guess is)\s+|not \(?[A-H]\)?,? but )(?=(?:option |choice |answer )?[(*\"']{0,3}[A-H]\b)"
-    r"|(?:故|所以|因此|应该?|则|可|综上,?)选择?\s?:?\s?|选择?\s?:?\s?(?=[(*]{0,3}[A-H])|####\s?",
+    r"|(?:故|所以|因此|应该?|则|可|综上,?)选择?\s?:?\s?|选择?\s?:?\s?(?=[(*]{0,3}[A-H])|####\s?"
+    r"|\bsolution\s?:\s?(?=[(*]{0,3}[A-H]\b[)*.]{0,3}[ \t]*(?:\n|$))",
     re.IGNORECASE,
 )
 END = re.compile(
     r"[.!?](?=[\s*\"')]|$)(?<!\A[A-Za-z]\.)(?<!\n[A-Za-z]\.)(?<!\.[A-Za-z]\.)(?<!\(\w\.)(?<!vs\.)(?<!no\.)|[。\n]"
 )
+
+
+LABELLED = re.compile(r"(?:option|choice|answer|letter)[\s*_\"'(\[]{1,4}(?=[A-Z]\b[)\]*]{0,3}\s?[:=])", re.IGNORECASE)
 
 
 def boxed(text: str) -> Iterator[Statement]:
@@ -120,7 +133,8 @@ def sentence(text: str, start: int) -> str:
 def announced(text: str) -> Iterator[Statement]:
     """What follows "the answer is", "Answer:", "option:", 答案是, 故选 and the like."""
     for found in list(CUE.finditer(text))[-40:]:
-        yield Statement(sentence(text, found.end()), found.start(), "announced")
+        labelled = LABELLED.match(text, found.start())  # "option C: 40" names C
+        yield Statement(sentence(text, labelled.end() if labelled else found.end()), found.start(), "announced")
 
 
 def sentences(text: str) -> list[str]:
@@ -200,6 +214,14 @@ def bare(text: str) -> str:
     return "".join(filter(str.isalnum, text)).casefold()
 
 
+def restates(text: str, question: str) -> bool:
+    """Whether a text with digits, or what follows its first comma or last colon, stands in a bare question word for word."""
+    if not any(map(str.isdigit, text)):
+        return False
+    pieces = (bare(text), bare(text.split(",", 1)[-1]), bare(text.rsplit(":", 1)[-1]))
+    return any(len(piece) >= 12 and piece in question for piece in pieces)
+
+
 def conclusions(text: str, question: str | None) -> list[str]:
     """Sentences of a settled text, the likeliest to state the answer first; none that the question has word for word.
 
@@ -211,13 +233,13 @@ def conclusions(text: str, question: str | None) -> list[str]:
     asked, whole = content_words((question or "")[-600:]), bare((question or "")[:4_000])
     scored = []
     reasoned = "=" in text or any(CONCLUDES.match(parts[i]) or AIMS.match(parts[i]) for i in places)
+    last = next((i for i in reversed(places) if not AIMS.match(parts[i])), len(parts) - 1)
     for i in places:
         part = parts[i]
         worth = len(asked & content_words(part[:SPAN])) / len(asked) if asked else 0.0
         worth += (0.6 if CONCLUDES.match(part) else 0.0) - (0.6 if AIMS.match(part) else 0.0)
-        worth += (0.8 if reasoned else 0.35) if i == len(parts) - 1 else 0.2 if i == 0 and not reasoned else 0.0
-        worth += 0.4 if i == len(parts) - 1 and ABSTAINS.search(part) else 0.0
-        said = bare(part[:SPAN].rsplit(":", 1)[-1] or part[:SPAN])
-        if len(said) < 12 or said not in whole:
+        worth += (0.8 if reasoned else 0.35) if i == last else 0.2 if i == 0 and not reasoned else 0.0
+        worth += 0.4 if i == last and ABSTAINS.search(part) else 0.0
+        if not restates(part[:SPAN], whole):
             scored.append((worth + 0.01 * i / len(parts), part))
     return [part for _, part in sorted(scored, key=lambda one: -one[0])]

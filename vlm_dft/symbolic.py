@@ -11,9 +11,9 @@ import re
 from functools import cache, lru_cache
 from typing import Any
 
-LONGEST = 120
+LONGEST = 80
 DEEPEST = 4
-MOST_OPERATIONS = 12
+MOST_OPERATIONS = 8
 MOST_LETTERS = 3
 
 _COMMANDS = frozenset(

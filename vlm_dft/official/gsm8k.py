@@ -17,7 +17,6 @@ _OFFICIAL = re.compile(r"#### (-?[0-9.,]+)", re.ASCII)
 _NUMBER = re.compile(
     r"-?[$0-9.,]{2,}|-?[0-9]+"
 )  # of two characters at least it may be any of these signs, such as "..."
-_IGNORED = re.compile(r"[,$]|\.\Z")
 
 
 def score_gsm8k(response: str, sample: Mapping[str, Any]) -> Score:
@@ -30,5 +29,10 @@ def score_gsm8k(response: str, sample: Mapping[str, Any]) -> Score:
     numbers = _NUMBER.findall(response)
     if not numbers:
         return Score(False, None, "no number")
-    answer = _IGNORED.sub("", numbers[-1])
-    return Score(answer == _IGNORED.sub("", gold), answer or None, "last number")
+    answer = _bare(numbers[-1])
+    return Score(bool(answer) and answer == _bare(gold), answer or None, "last number")
+
+
+def _bare(number: str) -> str:
+    """A number as it is compared there: without commas, dollar signs and a dot at its end."""
+    return number.replace(",", "").replace("$", "").removesuffix(".")

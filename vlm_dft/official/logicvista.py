@@ -118,7 +118,7 @@ def options_asked(question: str) -> list[str] | None:
 
 def _only_letters(text: str) -> str | None:
     """The letters of a text that has nothing but letters and what joins them."""
-    rest = re.sub(r"\band\b|[\s,;&]", " ", text).split()
+    rest = re.sub(r"\band\b|[\s,;&]", " ", text[:200]).upper().split()
     return ", ".join(dict.fromkeys(rest)) if rest and all(len(one) == 1 and one in LETTERS for one in rest) else None
 
 

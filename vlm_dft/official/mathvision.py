@@ -33,7 +33,7 @@ def score_mathvision(response: str, sample: Mapping[str, Any]) -> Score:
 
 
 def mathvision_answer(response: str) -> Extracted:
-    """The official extraction, quirks included: `\\boxed{A}. B}` is "a}.b", a response without a mark is its own answer."""
+    """The official extraction, quirks included: `\\textbf{(D)}` is "bfd", and a response without a mark is its own answer."""
     text, rule = response.strip(), "whole response"
     for letter in "ABCDE":
         ends, starts = (f" {letter}.", f" ({letter})."), (f"{letter}\n", f"({letter})\n", f"({letter}) {letter}\n")
