@@ -28,7 +28,7 @@ CHOICES: list[tuple[str, list[str] | None, str | None]] = [
     ("Hence, (B) is the correct answer.", NONE, "B"), ("Choice B is right.", NONE, "B"), ("I choose B", NONE, "B"),
     ("So x is about 21.\n\nC", NONE, "C"), ("La réponse est B.", NONE, "B"),
     ("答案：C", NONE, "C"), ("答案是B", NONE, "B"), ("故选：B。", NONE, "B"), ("所以，正确答案是选项D。", NONE, "D"),
-    ("【答案】C", NONE, "C"), ("此题选择B选项。", NONE, "B"), ("∠D的度数是60°，选项B正确。", ANGLES, "B"),
+    ("【答案】C", NONE, "C"), ("所以∠D的度数为D。", ANGLES, "D"), ("此题选择B选项。", NONE, "B"), ("∠D的度数是60°，选项B正确。", ANGLES, "B"),
     # the option's text, or its number
     ("Green.", COLOURS, "B"), ("The color is green.", COLOURS, "B"), ("Therefore, x = 60.", ANGLES, "C"),
     ("So the measure is $60^{\\circ}$.", ANGLES, "C"), ("10 + 10 + 10 + 10 = 40.", ["10", "40"], "B"),
@@ -37,6 +37,7 @@ CHOICES: list[tuple[str, list[str] | None, str | None]] = [
     ("No, there are not.", VERDICT, "B"), ("Yes, there are fewer cars.", VERDICT, "A"), ("True", VERDICT, "A"),
     # the last word counts, thoughts do not
     ("<think>Answer: A? No.</think>\n\nThe angle is 60°.\n\n**Answer: C**", ANGLES, "C"),
+    ("<think>Maybe the answer is B, but", NONE, NONE), ("<think>So the answer is B.</think>", NONE, "B"),
     ("The answer is B. No, wait. The answer is C.", NONE, "C"),
     ("The answer is (B).\n\nQuestion: What is it?\nThe answer is (A).", NONE, "B"),  # a further question is another's
     # negation
@@ -57,6 +58,7 @@ NUMBERS: list[tuple[str, str | None, str | None]] = [
     ("#### 1,000", NONE, "1000"), ("Answer: 12 cm", NONE, "12"), ("x = -3 cm^2", NONE, "-3"), ("答案是12。", NONE, "12"),
     (r"$\frac{3}{4}$", NONE, "3/4"), ("It is 50%", NONE, "50%"), ("about 1.5 × 10^3 N", NONE, "1.5e3"), ("It is 3√5.", NONE, "3√5"),
     ("<think>2+2=5?</think>\n4", NONE, "4"), ("So there are twenty-one apples.", NONE, "21"), ("The area is 36π.", NONE, "36π"),
+    (r"It is 3 \frac{1}{2} inches.", NONE, "7/2"), ("So 2 1/4 cups are left.", NONE, "9/4"),
     ("Therefore, the sum is 12 + 15 = **27**.", NONE, "27"), ("The change is -26 km/h.", NONE, "-26"),
     ("There are 3 cars and 2 buses, so there are 5 vehicles in total.", NONE, "5"),
     ("It is 6.53V and the current across it is 0.00139A.", NONE, "6.53"), ("The range is from 1 to 7.", NONE, "7"),

@@ -18,7 +18,7 @@ NUMBER = re.compile(
     rf"(?P<digits>{DIGITS})(?P<power>[eE][-+]?\d{{1,4}}\b)?"
     r"(?:\s?(?:[x×*]|\\times|\\cdot)\s?10\s?\^\s?[{(]?\s?(?P<ten>[-+]?\d{1,4})\s?[})]?)?"
     r"(?P<root>\s?(?:√|\\?sqrt|π|\\?pi\b)(?:\s?[{(]?\s?\d{1,20}\s?[})]?)?)?"
-    r"(?P<over>\s?/\s?\d{1,40}(?![\d/]))?(?P<percent>\s?%)?"
+    r"(?P<mixed>(?<=\d) {1,2}\d{1,20}/\d{1,20}(?![\d/]))?(?P<over>\s?/\s?\d{1,40}(?![\d/]))?(?P<percent>\s?%)?"
     rf"|(?<!the )(?<!these )(?<!those )(?<!-)\b(?:(?P<tens>twenty|{TENS.replace(' ', '|')})-)?"
     rf"(?P<word>{'|'.join(WORDS)})\b(?!\s+of\s+the\b|-)",
     re.IGNORECASE,
@@ -67,10 +67,14 @@ def _tidy(found: re.Match[str]) -> str:
         return str(WORDS[(found["tens"] or "zero").lower()] + WORDS[found["word"].lower()])
     power = f"e{int(found['ten'])}" if found["ten"] else found["power"] or ""
     over = (found["over"] or "").replace(" ", "")
+    digits = found["digits"].replace(",", "")
+    if found["mixed"] and digits.isdecimal():
+        above, below = map(int, found["mixed"].split("/"))
+        digits, over = str(int(digits) * below + above), f"/{below}"
     sign = "-" if (found["sign"] or "").startswith("-") else ""
     root = re.sub(r"[\s(){}]", "", found["root"] or "").replace("\\sqrt", "√").replace("sqrt", "√")
     sign += "√" if RADICAL.search(found.string, max(0, found.start("digits") - 8), found.start("digits")) else ""
-    return sign + found["digits"].replace(",", "") + power + root + over + ("%" if found["percent"] else "")
+    return sign + digits + power + root + over + ("%" if found["percent"] else "")
 
 
 def numbers_in(text: str) -> list[Number]:

@@ -52,6 +52,13 @@ def settled(response: str) -> str:
     return ITEM.sub("", text) if len(ITEM.findall(text)) > 1 else text
 
 
+def finished(response: str) -> str:
+    """A response without a thought that it has opened and not closed: it was cut before it answered."""
+    ends = list(THOUGHT_END.finditer(response))
+    opened = THOUGHT_START.search(response, ends[-1].end() if ends else 0)
+    return response[: opened.start()] if opened else response
+
+
 COURTESY = re.compile(
     r"(?<!\S)(?:I(?:'d| would| am|'m)? (?:be )?(?:hope|happy|glad)|Hope|Please (?:let|feel)|Let me know|Feel free|If you (?:have|need|want)"
     r"|Don't hesitate|Do you have|Is there anything)\b[^.!?\n]{0,160}[.!?\s]*$",
@@ -91,14 +98,16 @@ CUE = re.compile(
     r"(?:\b(?:is|are|was|be|becomes|remains|est|es|ist|è|é)\b(?!\s+(?:not\b|n't))|[:=]|->|→)[*_ ]{0,4}"
     r"|(?:答案|正确选项|正确答案|选项|结果|结论)[^。\n]{0,12}?[是为:选】]{1,2}\s?|(?:答え|正解|정답|답)\s?[は은는:]\s?"
     r"|\b(?:(?:choose|chose|select(?:ed)?|pick(?:ed)?|go with|guess is)\s+|not \(?[A-H]\)?,? but )(?=(?:option |choice |answer )?[(*\"']{0,3}[A-H]\b)"
-    r"|(?:故|所以|因此|应该?|则|可|综上,?)选择?\s?:?\s?|选择?\s?:?\s?(?=[(*]{0,3}[A-H])|####\s?"
+    r"|(?:故|所以|因此|应该?|则|可|综上,?)选择?\s?:?\s?|选择?\s?:?\s?(?=[(*]{0,3}[A-H])|[是为]\s?(?=[(*]{0,3}[A-H][)*]{0,3}\s?(?:[。.,(]|$))|####\s?"
     r"|\bsolution\s?:\s?(?=[(*]{0,3}[A-H]\b[)*.]{0,3}[ \t]*(?:\n|$))",
     re.IGNORECASE,
 )
+"""Words after which an answer follows."""
+
 END = re.compile(
     r"[.!?](?=[\s*\"')]|$)(?<!\A[A-Za-z]\.)(?<!\n[A-Za-z]\.)(?<!\.[A-Za-z]\.)(?<!\(\w\.)(?<!vs\.)(?<!no\.)|[。\n]"
 )
-
+"""The end of a sentence: no decimal point, no initial, no letter that labels an option."""
 
 LABELLED = re.compile(r"(?:option|choice|answer|letter)[\s*_\"'(\[]{1,4}(?=[A-Z]\b[)\]*]{0,3}\s?[:=])", re.IGNORECASE)
 
@@ -161,7 +170,7 @@ def without_listing(text: str) -> str:
     kept, i = [], 0
     while i < len(lines):
         run = 0
-        while letters[i : i + 1] and i + run < len(lines) and letters[i + run] == "ABCDEFGH"[run : run + 1] != "":
+        while run < 8 and i + run < len(lines) and letters[i + run] == "ABCDEFGH"[run]:
             run += 1
         if run < 2:
             kept.append(lines[i])
@@ -191,7 +200,7 @@ ABSTAINS = re.compile(
 
 CONCLUDES = re.compile(
     r"[\s*_#>\"']{0,6}(?:(?:therefore|thus|hence|so|in conclusion|in summary|to summarize|overall|finally|in total|altogether"
-    r"|consequently|as a result|this means|this gives|we (?:get|have|find|obtain|conclude)|final)\b|因此|所以|综上|故|答)",
+    r"|consequently|as a result|this means|this gives|we (?:get|have|find|obtain|conclude)|(?:the )?final)\b|因此|所以|综上|故|答)",
     re.IGNORECASE,
 )
 AIMS = re.compile(
