@@ -11,7 +11,7 @@ from vlm_dft.errors import CardError, RowError
 from vlm_dft.filters import check_keep, why_dropped
 from vlm_dft.prompts import LETTERS, option_texts, prompt_text
 
-FORM_KEYS = ("prompt", "parts", "options", "unit", "system", "squeeze", "pictures", "markers")
+FORM_KEYS = ("prompt", "parts", "options", "unit", "system", "strip", "squeeze", "pictures", "markers")
 STYLE_KEYS = ("column", "each", "join")
 Case = Mapping[str, Any]
 
@@ -24,7 +24,8 @@ def asked_text(form: Mapping[str, Any], row: Mapping[str, Any], *, where: str) -
     options: a column, or {column: ..., each: "({letter}) {option}", join: "\\n"}; nothing for a row without options
     pictures: false  the row's pictures are not given
     markers: text    numbered markers of pictures, <image1>, stay words, and the picture goes before them all
-    squeeze: true    each two blanks become one and the ends are stripped, as PromptPG and ScienceQA do
+    strip: true      without blanks at the ends
+    squeeze: true    the same, and each two blanks become one, as PromptPG does
     Raises RowError for a column that the row lacks, and for a part none of whose cases holds.
     """
     style = form.get("options")
@@ -35,7 +36,8 @@ def asked_text(form: Mapping[str, Any], row: Mapping[str, Any], *, where: str) -
         for name, cases in (form.get("parts") or {}).items():
             values[name] = fill(case_of(cases, row, where=f"{where}, part {name!r}")["text"], values, where=where)
         text = fill(form["prompt"], values, where=where)
-    return text.replace("  ", " ").strip() if form.get("squeeze") else text
+    text = text.replace("  ", " ") if form.get("squeeze") else text
+    return text.strip() if form.get("squeeze") or form.get("strip") else text
 
 
 def case_of(cases: Sequence[Case], row: Mapping[str, Any], *, where: str) -> Case:
@@ -73,7 +75,7 @@ def check_form(form: object, *, where: str) -> None:
         raise CardError(
             f"{where}, markers: expected text (<image1> stays a word, the picture goes first), found {form['markers']!r}."
         )
-    for key in ("squeeze", "pictures"):
+    for key in ("strip", "squeeze", "pictures"):
         if not isinstance(form.get(key, True), bool):
             raise CardError(f"{where}, {key}: expected true or false, found {form[key]!r}.")
 

@@ -35,14 +35,6 @@ class Layout:
     root: Path | None  # None: on the hub
     absent: list[str] = field(default_factory=list)  # the parts that are not there
 
-    @property
-    def on_hub(self) -> bool:
-        """Whether reading needs the network."""
-        return any(
-            "hub" in part.source and (self.root is None or not files_of(part.source, self.root, where=""))
-            for part in self.parts
-        )
-
 
 def find_layout(card: Mapping[str, Any], split: str, data: str | Path | None) -> Layout:
     """The first layout of a split that is in the data folder, or in a folder below it that bears the set's name; without a
@@ -90,7 +82,7 @@ def _layouts_of(card: Mapping[str, Any], split: str) -> Iterator[tuple[str, list
     ((each, values),) = (card.get("each") or {"": [None]}).items()
     for said in card.get("layouts") or [own]:
         hub = str(said.get("hub", "")).strip("/")
-        copies = [hub.replace("/", "--"), hub.rpartition("/")[2]] if hub else [str(card["name"])]
+        copies = [hub.replace("/", "--"), hub.rpartition("/")[2]] if hub else [str(card["set"])]
         names = [".", *([str(said["folder"])] if "folder" in said else copies)]
         parts = []
         for value in values:
@@ -183,7 +175,7 @@ def _others(card: Mapping[str, Any], split: str, root: Path) -> str:
             for name in names[:2]
             if (root / name).is_dir()
         ):
-            return f" Its split {other} is there: {card['name']}:{other}."
+            return f" Its split {other} is there: {card['set']}:{other}."
     return ""
 
 
