@@ -205,7 +205,7 @@ def test_nothing_heavy_is_imported_before_an_error_is_said(sums: Path) -> None:
         "import sys; from vlm_dft.cli import main; status = main(sys.argv[1:]);"
         "print(status, {'torch', 'transformers', 'datasets'} & set(sys.modules))"
     )
-    asked = [*words(sums, also=("drawn",)), "--output", "/proc/nothing/here"]
+    asked = [*words(sums, also=(str(sums.with_name("more.yaml")),)), "--output", "/proc/nothing/here"]
     done = subprocess.run([sys.executable, "-c", code, *asked], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "2 set()", done.stderr
     assert "cannot be written to" in done.stderr
