@@ -1,6 +1,6 @@
 """Generation speed: pictures, questions and a small model in; responses per CPU second, ours and one by one, out.
 
-    python benchmarks/evaluate.py [--data ../shared/data/tabmwp] [--size vocabulary|small|embedded|3b] [--rows 32] [--tokens 64]
+    python benchmarks/evaluate.py [--data ../shared/data/tabmwp] [--size vocabulary|small|embedded|3b ...] [--rows 32] [--tokens 128]
                                   [--rounds 3] [--markdown benchmarks/evaluate.md]
 
 One by one is what evaluation suites do by default (VLMEvalKit's way with a Transformers model): for each question the chat
@@ -12,7 +12,7 @@ CPU seconds, since machines are shared; on a GPU seconds, synchronised. "embedde
 by themselves, on its own drawn pictures; "small" a random Qwen2.5-VL (hidden 256, 4 layers, vision depth 4, vocabulary 8192)
 that seldom ends before --tokens, and "vocabulary" the same with Qwen's vocabulary of 151,936; "3b"
 random weights in the shape of Qwen2.5-VL-3B, in bf16, for a GPU of 24 GB or more.
-Without --data, on the drawn pictures. About three minutes on an idle core.
+Without --data, on the drawn pictures. About five minutes on an idle core.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ from vlm_dft.models import load_model, load_processor
 from vlm_dft.runs import versions
 from vlm_dft.vision_attention import use_window_attention
 
-TARGET = 5.0  # times one by one
+TARGET = 5.0  # times one by one; the embedded model's short answers, which end one after the other, are only said
+OWN = generation._read_answer
 SHAPES: dict[str, dict[str, Any]] = {
     "small": {
         "text": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -121,32 +122,33 @@ def clock(work: Callable[[Sequence[Sample]], list[str]], samples: Sequence[Sampl
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", help="the folder that holds data/tabmwp; without it, drawn pictures")
-    parser.add_argument("--size", choices=("embedded", *SHAPES), default="vocabulary")
+    parser.add_argument("--size", choices=("embedded", *SHAPES), nargs="+", default=["vocabulary", "embedded"])
     parser.add_argument("--rows", type=int, default=32)
-    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--markdown", metavar="FILE", help="write the table here")
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    found = measure(asked)
-    print(found["text"])
+    found = []
+    for size in asked.size:
+        found.append(measure(asked, size))
+        print(found[-1]["text"], end="\n\n")
     if asked.markdown:
-        Path(asked.markdown).write_text(found["text"] + "\n", encoding="utf-8")
-    sys.exit(0 if found["good"] else 1)
+        text = "\n\n".join(["# Generation, batched and one by one", *(one["text"] for one in found)])
+        Path(asked.markdown).write_text(text + "\n", encoding="utf-8")
+    sys.exit(0 if all(one["good"] for one in found) else 1)
 
 
-def measure(asked: argparse.Namespace) -> dict[str, Any]:
+def measure(asked: argparse.Namespace, size: str) -> dict[str, Any]:
     """Time both ways in turn; {"good": whether tokens and target hold, "text": the table}."""
-    name = "tabmwp" if asked.data and asked.size != "embedded" else "drawn"
+    name = "tabmwp" if asked.data and size != "embedded" else "drawn"
     loaded = load_benchmark(name, asked.data, asked.rows * (1 if name == "drawn" else 3))
     samples = next(iter(loaded.values()))[: asked.rows]
-    models = {way: make_model(asked.size) for way in ("one by one", "ours")}
+    models = {way: make_model(size) for way in ("one by one", "ours")}
     model, processor = models["ours"], load_processor("tiny")
     use_window_attention(model)
-    read = generation._read_answer
-    if asked.size != "embedded":
-        read = generation._read_answer = ids_as_text  # type: ignore[assignment]
+    read = generation._read_answer = OWN if size == "embedded" else ids_as_text  # type: ignore[assignment]
     collator, seconds, said = ChatCollator(processor), {"one by one": [], "ours": []}, {}  # type: ignore[var-annotated]
 
     def ours(samples: Sequence[Sample]) -> list[str]:
@@ -171,10 +173,10 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
     ratio = each["one by one"] / each["ours"]
     machine = platform.processor() or platform.machine()
     unit, where = ("s", torch.cuda.get_device_name()) if GPU else ("CPU-s", f"one thread of {machine}")
-    good = ratio >= TARGET and (GPU or same == len(samples))
+    good = (size == "embedded" or ratio >= TARGET) and (GPU or same == len(samples))
     text = "\n".join(
         [
-            f"Model {asked.size} ({model.num_parameters() / 1e6:.1f} M parameters), {len(samples)} rows of {name}, up to {asked.tokens} tokens, "
+            f"Model {size} ({model.num_parameters() / 1e6:.1f} M parameters), {len(samples)} rows of {name}, up to {asked.tokens} tokens, "
             f"batches of {asked.batch_size}, median of {asked.rounds} interleaved rounds; {where}; torch {torch.__version__}; commit "
             f"{versions()['commit']}.",
             "",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -153,7 +154,9 @@ def test_a_model_is_asked_as_its_run_trained_it_and_that_is_said(
     asked = words(sums)
     asked[asked.index("--model") + 1] = str(run / "checkpoint-2")
     assert main(asked) == 0
-    assert "asked as in training" in (text := said(capsys)) and "max_pixels = 50176, resize = pillow, system prompt 'Answer in one word.'" in text  # fmt: skip
+    text = said(capsys)
+    assert "asked as in training" in text
+    assert "max_pixels = 50176, resize = pillow, system prompt 'Answer in one word.'" in text
     meta = json.loads(meta_of(sums.parent / "out/sums/predictions.jsonl").read_text())
     assert meta["pixels"]["longest_edge"] == 50_176 and meta["pixels"]["resize"] == "pillow"
     with pytest.raises(ConfigError, match=r"max_pixels = 99999, but .*run trained this model with max_pixels = 50176"):
@@ -202,7 +205,7 @@ def test_nothing_heavy_is_imported_before_an_error_is_said(sums: Path) -> None:
         "import sys; from vlm_dft.cli import main; status = main(sys.argv[1:]);"
         "print(status, {'torch', 'transformers', 'datasets'} & set(sys.modules))"
     )
-    asked = [*words(sums, also=("drawn",)), "--output", "/proc/nothing/here"]
+    asked = [*words(sums, also=(str(sums.with_name("more.yaml")),)), "--output", "/proc/nothing/here"]
     done = subprocess.run([sys.executable, "-c", code, *asked], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "2 set()", done.stderr
     assert "cannot be written to" in done.stderr
@@ -220,7 +223,7 @@ def test_the_folder_of_a_training_run_and_one_in_use_are_left_alone(
     if child == 0:
         with hold(sums.parent / "out"):
             os.write(told, b".")
-            os.read(ready, 2)  # until it is ended
+            signal.pause()
     os.read(ready, 1)
     try:
         assert main(asked) == 2

@@ -87,17 +87,17 @@ def test_a_run_killed_at_any_step_ends_in_the_file_of_an_uninterrupted_one(
     whole = (tmp_path / "whole" / "predictions.jsonl").read_bytes()
     assert [json.loads(line)["id"] for line in whole.splitlines()] == [f"s{k}" for k in range(5)]
     kills = 0
-    for event in range(1, 60):
+    for event in range(1, 60, 2):
         folder = tmp_path / str(event)
         if run(folder, event) == 0:
             break
         kills += 1
         path = folder / "predictions.jsonl"
-        if path.is_file() and event % 2 and (found := path.read_bytes()):
+        if path.is_file() and event % 4 == 1 and (found := path.read_bytes()):
             path.write_bytes(found[: len(found) - event % 7])  # the last line only partly on the disk
         assert run(folder) == 0
         assert path.read_bytes() == whole
-    assert kills >= 10  # it did come to its end: every step was tried
+    assert 6 <= kills < 29  # it did come to its end: every second step was tried
 
 
 @pytest.mark.parametrize("error", ["cuda", "cpu"])

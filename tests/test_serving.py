@@ -245,6 +245,20 @@ def test_a_server_that_goes_away_ends_the_run_and_keeps_what_it_said(
     assert len((tmp_path / "p.jsonl").read_text().splitlines()) == 2
 
 
+def test_a_model_s_own_penalty_is_switched_off_and_a_server_that_knows_none_is_asked_without(
+    fake: Fake, samples: list[Any], tmp_path: Path
+) -> None:
+    ask(fake, samples, tmp_path / "a.jsonl")
+    assert {asked.get("repetition_penalty") for asked in fake.asked} == {1.0}
+    fake.asked.clear()
+    refused = (400, {"error": {"message": "Unrecognized request argument supplied: repetition_penalty"}}, {})
+    fake.reply = lambda text, attempt, asked: refused if "repetition_penalty" in asked else "fine"
+    said: list[str] = []
+    rows, failures = ask(fake, samples, tmp_path / "b.jsonl", say=said.append, server={"concurrency": 1})
+    assert len(rows) == 6 and not failures and len(fake.asked) == 7
+    assert said == ["the server takes none of repetition_penalty: responses are drawn with its own"]
+
+
 def test_draws_have_seeds_of_their_own(fake: Fake, samples: list[Any], tmp_path: Path) -> None:
     rows, _ = ask(fake, samples, tmp_path / "p.jsonl", decoding=Decoding(3, 0.7, 0.9, seed=5))
     assert [(row["id"], row["draw"]) for row in rows[:4]] == [("s0", 0), ("s0", 1), ("s0", 2), ("s1", 0)]

@@ -37,6 +37,7 @@ CHOICES: list[tuple[str, list[str] | None, str | None]] = [
     ("No, there are not.", VERDICT, "B"), ("Yes, there are fewer cars.", VERDICT, "A"), ("True", VERDICT, "A"),
     # the last word counts, thoughts do not
     ("<think>Answer: A? No.</think>\n\nThe angle is 60°.\n\n**Answer: C**", ANGLES, "C"),
+    ("<think>Maybe the answer is B, but", NONE, NONE), ("<think>So the answer is B.</think>", NONE, "B"),
     ("The answer is B. No, wait. The answer is C.", NONE, "C"),
     ("The answer is (B).\n\nQuestion: What is it?\nThe answer is (A).", NONE, "B"),  # a further question is another's
     # negation

@@ -24,6 +24,7 @@ from vlm_dft.statements import (
     Statement,
     bare,
     conclusions,
+    finished,
     restates,
     segments,
     sentences,
@@ -65,15 +66,17 @@ def stated_answer(
     choices: the options' texts, or None where they are in the picture. kind: "choice" answers with a letter from A,
     "number" with a number as written (without commas and currency; a percent sign stays), "list" with its
     brackets, "text" and "expression" with what is written. question: helps to tell an answer from what only restates
-    the question. Of a response longer than 32,000 characters, the first 8,000 and the last 24,000 are read.
+    the question. Thoughts (<think>...</think>) do not count; a thought that was cut states nothing; nor does what
+    follows where the model ran on into a further question. Of a response longer than 32,000 characters, the first
+    8,000 and the last 24,000 are read.
     """
-    text = settled(response)
+    text = settled(finished(response))
     if not text:
-        return Extracted(None, "empty response")
+        return Extracted(None, "unfinished thought" if response.strip() else "empty response")
     found = Extracted(None, "no answer stated")
     for part in segments(text, question):
         found = stated_in(part, kind, Asking(list(choices) if choices else None, question))
-        if found.answer:
+        if found.answer or found.rule == "abstains":
             break
     return found
 

@@ -266,4 +266,10 @@ def _join() -> Share:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     if not torch.distributed.is_initialized():  # gloo: all they do is wait for each other, as long as an answer takes
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
-    return Share(torch.distributed.get_rank(), world, torch.distributed.barrier)
+
+    def total(count: int) -> int:
+        counts = torch.tensor(count)
+        torch.distributed.all_reduce(counts)
+        return int(counts)
+
+    return Share(torch.distributed.get_rank(), world, torch.distributed.barrier, total)

@@ -90,7 +90,7 @@ def generate(
                 for batch, rows in answered:
                     file.add(rows)
                     bar.update(len(batch))
-        file.how["halved_batches"] = asked.halved
+        file.how["halved_batches"] = file.how.get("halved_batches", 0) + share.total(asked.halved)
         return file.finish()
 
 

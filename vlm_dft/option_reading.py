@@ -11,6 +11,9 @@ from vlm_dft.number_reading import numbers_in, stated_number, value_of
 SHORT = 40
 """Characters of an option that may be a number with its unit."""
 
+LONG = 400
+"""Characters of a text that may still be an option's own."""
+
 LETTERS = "ABCDEFGH"
 """Option letters where the options are in the picture."""
 
@@ -106,7 +109,7 @@ def options_quoted(text: str, choices: Sequence[str]) -> list[str]:
 
 def same_option(text: str, choices: Sequence[str]) -> str | None:
     """The letter of the one option a text is, but for dress."""
-    plain = squeezed(text)
+    plain = squeezed(text) if len(text) <= LONG else ""
     exact = text.strip() if re.fullmatch(r"\W?[a-z]\W?", plain) else None  # an option that is a letter itself: "(c)"
     same = [
         i for i, choice in enumerate(choices) if plain and squeezed(choice) == plain and exact in (None, choice.strip())

@@ -25,6 +25,7 @@ class Share:
     rank: int = 0
     world: int = 1
     wait: Callable[[], Any] = field(default=lambda: None)  # until all processes are here
+    total: Callable[[int], int] = field(default=lambda count: count)  # over all processes
 
 
 ALONE = Share()
@@ -77,13 +78,16 @@ class PredictionFile:
         share.wait()  # none may change a file that another still checks
         self.path, self.order, self.share = path, order, share
         self._meta = {"model": model, **settings}
-        self.how = dict(how or {})
+        meta = meta_of(path)
+        before: dict[str, Any] = json.loads(meta.read_text(encoding="utf-8")) if meta.is_file() else {}
         if share.rank == 0:
             self._join()
-            self._write_meta()
         share.wait()
         wanted = set(order)
         self.done = {key: row for row in _read_whole_rows(path) if (key := key_of(row)) in wanted}
+        self.how = {**before.get(HOW, {}), **((how or {}) if self.missing else {})}
+        if share.rank == 0:
+            self._write_meta()
         own = path if share.world == 1 else path.with_name(f"{path.stem}.part-{share.rank}.jsonl")
         self._file = own.open("a", encoding="utf-8", errors="backslashreplace")
 

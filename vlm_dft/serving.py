@@ -6,6 +6,7 @@ import asyncio
 import email.utils
 import importlib.util
 import os
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +31,8 @@ REFUSED = (401, 403, 404)  # the same for every request
 LONGEST_WAIT = 60.0  # seconds between two tries, unless the server asks for more
 MOST_ASKED = 600.0  # seconds that a server's Retry-After is followed for
 SHOWN = 5  # failures that are said in full
+OURS = {"repetition_penalty": 1.0}  # else vLLM and SGLang take the model's own, which Qwen2.5-VL sets to 1.05
+UNKNOWN = re.compile(r"repetition_penalty|top_k|unrecogni[sz]ed|unknown|unexpected|extra", re.IGNORECASE)
 FINISH = {"stop": "stop", "length": "length", "eos": "stop", "stop_sequence": "stop", "max_tokens": "length"}
 
 
@@ -63,6 +66,7 @@ class _Run:
     failures: dict[tuple[str, int], str] = field(default_factory=dict)
     not_before: float = 0.0  # time.monotonic() until when the server wants nobody to ask
     lost: int = 0  # requests in a row that found no server
+    ours: dict[str, Any] = field(default_factory=dict)  # settings outside OpenAI's, until the server refuses them
 
 
 def check_server(base_url: str | None) -> str:
@@ -103,7 +107,11 @@ def ask_server(
         places = deque(p for p in decoding.draws(len(samples)) if (samples[p[0]].id, p[1]) in missing)
         with Bar(len(order), title if show else None, unit="response") as bar:
             bar.update(len(order) - len(places))
-            failures = asyncio.run(_ask_all(server, samples, decoding, limit, rule, places, file, bar))
+            run = asyncio.run(_ask_all(server, samples, decoding, limit, rule, places, file, bar))
+        failures = run.failures
+        if not run.ours and not file.how.get("own_settings"):
+            file.how["own_settings"] = True
+            say(f"the server takes none of {', '.join(OURS)}: responses are drawn with its own")
         for key in list(failures)[:SHOWN]:
             say(f"{samples[0].benchmark} {key[0]} (draw {key[1]}): no response: {failures[key]}")
         file.how["failed"] = len(failures)
@@ -113,14 +121,15 @@ def ask_server(
 async def _ask_all(
     server: Server, samples: Sequence[Sample], decoding: Decoding, limit: int, rule: QwenImages | None,
     places: deque[tuple[int, int]], file: PredictionFile, bar: Bar,
-) -> dict[tuple[str, int], str]:  # fmt: skip
+) -> _Run:  # fmt: skip
     """Ask for every place, so many at once; keep what comes as it comes."""
     import openai
 
     client = openai.AsyncOpenAI(
         base_url=server.base_url, api_key=os.environ.get(KEY) or "none", max_retries=0, timeout=server.timeout
     )
-    run = _Run(server, client, samples, decoding, limit, rule)
+    ours = OURS if decoding.greedy else {**OURS, "top_k": -1}
+    run = _Run(server, client, samples, decoding, limit, rule, ours=dict(ours))
 
     async def work() -> None:
         while places:
@@ -142,7 +151,7 @@ async def _ask_all(
                     group.create_task(work())
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None
-    return run.failures
+    return run
 
 
 async def _check_model(run: _Run) -> None:
@@ -176,7 +185,7 @@ async def _answer(run: _Run, sample: Sample, draw: int) -> dict[str, Any] | None
         await asyncio.sleep(max(0.0, run.not_before - time.monotonic()))
         wait = min(LONGEST_WAIT, run.server.first_wait * 2**attempt)
         try:
-            answer = _read(await run.client.chat.completions.create(**request))
+            answer = await _ask(run, request)
             run.lost = 0
             return answer
         except openai.APIStatusError as error:
@@ -202,6 +211,20 @@ async def _answer(run: _Run, sample: Sample, draw: int) -> dict[str, Any] | None
     if run.lost >= min(run.server.concurrency, len(run.samples)):
         raise NoServer(f"The server at {run.server.base_url} has stopped answering ({why}). The same command goes on.")
     return None
+
+
+async def _ask(run: _Run, request: Mapping[str, Any]) -> dict[str, Any]:
+    """One try. A server that knows only OpenAI's own settings is asked without the others, from then on."""
+    import openai
+
+    ours = dict(run.ours)
+    try:
+        return _read(await run.client.chat.completions.create(**request, extra_body=ours))
+    except openai.APIStatusError as error:
+        if not ours or error.status_code not in (400, 422) or not UNKNOWN.search(str(error.message)):
+            raise
+        run.ours = {}
+        return _read(await run.client.chat.completions.create(**request))
 
 
 async def _request(run: _Run, sample: Sample, draw: int) -> dict[str, Any]:

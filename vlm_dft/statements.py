@@ -52,6 +52,13 @@ def settled(response: str) -> str:
     return ITEM.sub("", text) if len(ITEM.findall(text)) > 1 else text
 
 
+def finished(response: str) -> str:
+    """A response without a thought that it has opened and not closed: it was cut before it answered."""
+    ends = list(THOUGHT_END.finditer(response))
+    opened = THOUGHT_START.search(response, ends[-1].end() if ends else 0)
+    return response[: opened.start()] if opened else response
+
+
 COURTESY = re.compile(
     r"(?<!\S)(?:I(?:'d| would| am|'m)? (?:be )?(?:hope|happy|glad)|Hope|Please (?:let|feel)|Let me know|Feel free|If you (?:have|need|want)"
     r"|Don't hesitate|Do you have|Is there anything)\b[^.!?\n]{0,160}[.!?\s]*$",
@@ -95,10 +102,12 @@ CUE = re.compile(
     r"|\bsolution\s?:\s?(?=[(*]{0,3}[A-H]\b[)*.]{0,3}[ \t]*(?:\n|$))",
     re.IGNORECASE,
 )
+"""Words after which an answer follows."""
+
 END = re.compile(
     r"[.!?](?=[\s*\"')]|$)(?<!\A[A-Za-z]\.)(?<!\n[A-Za-z]\.)(?<!\.[A-Za-z]\.)(?<!\(\w\.)(?<!vs\.)(?<!no\.)|[。\n]"
 )
-
+"""The end of a sentence: no decimal point, no initial, no letter that labels an option."""
 
 LABELLED = re.compile(r"(?:option|choice|answer|letter)[\s*_\"'(\[]{1,4}(?=[A-Z]\b[)\]*]{0,3}\s?[:=])", re.IGNORECASE)
 
@@ -161,7 +170,7 @@ def without_listing(text: str) -> str:
     kept, i = [], 0
     while i < len(lines):
         run = 0
-        while letters[i : i + 1] and i + run < len(lines) and letters[i + run] == "ABCDEFGH"[run : run + 1] != "":
+        while run < 8 and i + run < len(lines) and letters[i + run] == "ABCDEFGH"[run]:
             run += 1
         if run < 2:
             kept.append(lines[i])

@@ -24,13 +24,6 @@ SUBJECT = re.compile(
     r"(?:is|has|was|will|would|does|shows|represents|fits|completes|matches|corresponds)\b",
     re.IGNORECASE,
 )
-CLAUSE = re.compile(r"[,;]\s")
-LIST_MARK = re.compile(r"(?m)^\s*\d{1,2}[.)]\s+")
-OPTION = re.compile(r"\(?\b([A-H])\)\s*")
-SUBJECT = re.compile(
-    r"(?:(?:option|figure|diagram|set|choice|box|situation)s?\s+)?([A-H])\s+(?:is|has|was|will|would|does|shows|represents|fits|completes|matches|corresponds)\b",
-    re.I,
-)
 
 
 def score_logicvista(response: str, sample: Mapping[str, Any]) -> Score:
