@@ -76,6 +76,9 @@ class Prepared:
     config: EvalConfig
     asking: Asking
     splits: dict[str, Splits]  # by the benchmark's name
+    found: dict[
+        str, dict[str, Any]
+    ]  # by that name: {"sources": each split's layout, folder, rows, expected; "remarks": sentences}
 
 
 def prepare(config: EvalConfig) -> Prepared:
@@ -97,16 +100,18 @@ def prepare(config: EvalConfig) -> Prepared:
             f"--data names {unknown[0]!r}, which is not evaluated. Expected a folder, or NAME=FOLDER with NAME of {', '.join(names)}."
         )
     _check_output(config.output)
-    splits = {}
+    splits, found = {}, {}
     for name, card in zip(names, config.benchmarks, strict=True):
         data = config.data.get(name, config.data.get(card, config.data.get("")))
-        splits[name] = with_system(load_benchmark(card, data, config.limit, config.protocol), asking.system)
+        loaded = load_benchmark(card, data, config.limit, config.protocol)
+        found[name] = {"sources": loaded.sources, "remarks": loaded.remarks}
+        splits[name] = with_system(loaded, asking.system)
         samples = _flat(splits[name])
         limit = config.max_new_tokens or max(int(sample.record["max_new_tokens"]) for sample in samples)
         known = {"engine": config.engine, **_settings(config), **settings_of(samples, config.decoding, limit)}
         check_settings(config.output / name / PREDICTIONS, known)
     _claim(config.output)  # last: what is refused leaves nothing behind
-    return Prepared(config, asking, splits)
+    return Prepared(config, asking, splits, found)
 
 
 def evaluate(prepared: Prepared, *, echo: Echo) -> tuple[dict[str, Any], int]:
@@ -116,6 +121,9 @@ def evaluate(prepared: Prepared, *, echo: Echo) -> tuple[dict[str, Any], int]:
     with hold(config.output) if share.rank == 0 else nullcontext():
         if said := prepared.asking.said():
             echo(said)
+        if share.rank == 0:
+            for remark in [remark for found in prepared.found.values() for remark in found["remarks"]]:
+                echo(remark)
         answer, failed = _answerer(prepared, share, echo), 0
         for name, splits in prepared.splits.items():
             folder = config.output / name
@@ -194,7 +202,7 @@ def _score(prepared: Prepared, name: str, folder: Path, echo: Echo) -> None:
     result = {
         "benchmark": name, "model": config.model, "protocol": config.protocol, "data": config.data.get(name, config.data.get("")),
         "limit": config.limit, "engine": config.engine, "decoding": {**config.decoding.as_dict(), "max_new_tokens": meta["max_new_tokens"]},
-        "generation": meta[HOW], "splits": summarise(rows, metrics),
+        "generation": meta[HOW], "source": prepared.found[name], "splits": summarise(rows, metrics),
     }  # fmt: skip
     write_json(folder / RESULTS, result)
 
