@@ -35,7 +35,7 @@ SHAPES: dict[str, dict[str, Any]] = {
                  "num_key_value_heads": 2, "vocab_size": 151_936, "mrope_section": [16, 24, 24]},
         "vision": {"depth": 32, "hidden_size": 1280, "num_heads": 16, "intermediate_size": 3420, "out_hidden_size": 2048,
                    "fullatt_block_indexes": [7, 15, 23, 31]},
-        "loss": (8192, 2048, 151_936), "batch": 16,
+        "loss": (8192, 2048, 151_936), "batch": 8,
     },
     "small": {
         "text": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
