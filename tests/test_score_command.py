@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shlex
 import subprocess
 import sys
 import threading
@@ -188,6 +190,20 @@ def test_mistaken_words_are_said_before_the_work(
     lines(tmp_path / "predictions.jsonl", ANSWERS)
     assert score("predictions.jsonl", *bars, *words) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_reader_that_goes_does_not_stop_the_work_and_a_full_disk_is_said(bars: list[str], tmp_path: Path) -> None:
+    file = lines(tmp_path / "predictions.jsonl", ANSWERS)
+    words = [sys.executable, "-m", "vlm_dft.cli", "score", str(file), *bars]
+    read, write = os.pipe()
+    os.close(read)
+    gone = subprocess.run([*words, "--output", str(tmp_path / "out")], stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert (gone.returncode, gone.stderr) == (0, b"") and (tmp_path / "out" / "bars" / "results.json").is_file()
+    full = f"ulimit -f 0; exec {shlex.join([*words, '--json', str(tmp_path / 'r.json')])}"
+    said = subprocess.run(["bash", "-c", full], capture_output=True, text=True)
+    assert said.returncode == 2 and f"error: {tmp_path / 'r.json'}: File too large." in said.stderr
+    assert not (tmp_path / "r.json").exists() and not list(tmp_path.glob(".*"))
 
 
 def test_predictions_of_another_run_are_not_written_over(

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm_dft.commands import check_writable, echo
+from vlm_dft.commands import check_folder, check_writable, echo
 from vlm_dft.errors import UserError, printable
 
 DESCRIPTION = """Compare runs sample by sample: an OUTPUT of `evaluate`, a benchmark's folder in it, an objective's folder, or an OUTPUT of `train`,
@@ -47,6 +47,7 @@ def compare_command(arguments: argparse.Namespace) -> int:
 
     for flag in ("json", "html"):
         check_writable(getattr(arguments, flag), f"--{flag}")
+    check_folder(arguments.output, "--output")
     runs = read_runs(arguments.runs)
     output = Path(arguments.output) if arguments.output else None
     if output is not None:
@@ -83,9 +84,7 @@ def _show(report: Mapping[str, Any], rule: str) -> None:
 
 
 def _check_output(output: Path, runs: Mapping[str, Sequence[Any]]) -> None:
-    """Raises UserError for a file, and for a compared run's own folder, whose report it would replace."""
-    if output.is_file():
-        raise UserError(f"--output {str(output)!r} is a file. Expected a folder.")
+    """Raises UserError for a compared run's own folder, whose report it would replace."""
     own = {run.folder.resolve() for found in runs.values() for run in found}
     own |= {folder.parent for folder in own if (folder.parent / "config.yaml").is_file()}
     if output.resolve() in own:

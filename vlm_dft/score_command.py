@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from vlm_dft.commands import check_writable, echo
+from vlm_dft.commands import check_folder, check_writable, echo
 from vlm_dft.errors import UserError
 
 WRITTEN = ("vlmevalkit",)
@@ -26,7 +26,9 @@ def add_score(commands: Any) -> None:
     score.add_argument("predictions", metavar="PREDICTIONS", help="a file of responses, or a folder with one")
     score.add_argument("--benchmark", required=True, help="a card in eval/, or a .yaml of your own")
     score.add_argument("--data", help="the folder of the benchmark's files: its samples are scored, not the file's")
-    score.add_argument("--protocol", help="prompt protocol that the responses answer: official or vlmevalkit")
+    score.add_argument(
+        "--protocol", help="prompt protocol that the responses answer, of those of the card (default official)"
+    )
     score.add_argument(
         "--allow-partial", action="store_true", help="score what is there where something is missing or unknown"
     )
@@ -49,8 +51,7 @@ def score_command(arguments: argparse.Namespace) -> int:
 
     check_writable(arguments.json, "--json")
     target = _target(arguments.to)
-    if arguments.output and Path(arguments.output).is_file():
-        raise UserError(f"--output {arguments.output!r} is a file. Expected a folder.")
+    check_folder(arguments.output, "--output")
     done = rescore(
         arguments.predictions, arguments.benchmark, data=arguments.data, protocol=arguments.protocol,
         allow_partial=arguments.allow_partial, judge=_judge(arguments.judge, arguments.judge_model, arguments.output),
