@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from vlm_dft.comparing import compare_runs, read_runs
-from vlm_dft.conclusions import also_said, conclusion, said_p
+from vlm_dft.conclusions import also_said, conclusion, needed, said_p
 from vlm_dft.errors import RowError, UserError
 
 
@@ -106,6 +106,7 @@ def test_the_same_label_again_is_another_seed(tmp_path: Path) -> None:
     value = runs["dft"]["groups"]["level"]["level 1"]
     assert value["count"] == 50 and value["low"] < value["accuracy"] < value["high"]
     assert "errors and tests cover the choice of samples and of seeds" in report["notes"][0]
+    assert report["notes"][1].startswith("Two or three seeds say little")
 
 
 def training(folder: Path, seed: int, objectives: list[str], verdicts: list[str], rate: float = 1e-5) -> Path:
@@ -348,7 +349,27 @@ def test_a_conclusion_says_in_words_what_is_known() -> None:
     assert "no difference seen; one of 3.0 points could be" in conclusion(
         row(difference=0, p_value=1.0, samples_needed=None)
     )
-    assert said_p(0.0499) == "p = 0.050" and said_p(0.051) == "p = 0.051"  # neither is said to be the level
+    assert "about 2,300 problems would" in conclusion(row(group="metric"))
+    assert conclusion(row(difference=0.2, p_value=0.03, p_adjusted=0.3)).endswith(
+        "(here: 1,000)"
+    )  # corrected where it can be
+    assert [said_p(p) for p in (0.0499, 0.04996, 0.051, 0.11, 0.003, 1e-9, None)] == [
+        "0.0499",
+        "0.04996",
+        "0.051",
+        "0.11",
+        "0.003",
+        "< 0.0001",
+        "",
+    ]  # none is said to be the level
+    told = [
+        row(p_value=0.03, samples_needed=5000),
+        row(),
+        row(samples_needed=None),
+        row(samples_needed=900),
+        row(samples_needed=10**7),
+    ]
+    assert list(map(needed, told)) == ["settled", "2,300", "–", "–", "over 1 M"]
 
 
 def test_another_rules_other_verdict_and_sure_groups_are_said() -> None:

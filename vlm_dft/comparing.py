@@ -11,14 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlm_dft.cards import nearest
-from vlm_dft.conclusions import conclusion
 from vlm_dft.errors import UserError
 from vlm_dft.metrics import METRICS, cluster_of, labels, summarise
 from vlm_dft.named_metrics import by_problem
 from vlm_dft.paired import holm, paired_difference, with_seeds
 from vlm_dft.run_folders import BASE, Run, read_runs, read_scores
 
-__all__ = ["BASE", "Run", "compare_runs", "conclusion", "read_runs", "read_scores"]
+__all__ = ["BASE", "Run", "compare_runs", "read_runs", "read_scores"]
 
 Row = Mapping[str, Any]
 Rows = list[dict[str, Any]]
@@ -66,7 +65,7 @@ def compare_runs(
         "runs": {label: _about(runs[label], seeds[label]) for label in order},
         "benchmarks": benchmarks,
         "warnings": warnings,
-        "notes": _notes(seeds) if len(order) > 1 else [],
+        "notes": _notes(seeds, benchmarks) if len(order) > 1 else [],
         "versions": versions(),
     }
 
@@ -319,7 +318,7 @@ def _about(runs: Sequence[Run], seeds: int) -> dict[str, Any]:
     return {"folders": [str(run.folder) for run in runs], **about, "seeds": seeds}
 
 
-def _notes(seeds: Mapping[str, int]) -> list[str]:
+def _notes(seeds: Mapping[str, int], benchmarks: Mapping[str, Mapping[str, Any]]) -> list[str]:
     single = [label for label, n in seeds.items() if n == 1 and label != BASE]
     several = [f"{label}: {n} seeds" for label, n in seeds.items() if n > 1]
     notes = [f"{', '.join(several)}: errors and tests cover the choice of samples and of seeds."] if several else []
@@ -328,9 +327,16 @@ def _notes(seeds: Mapping[str, int]) -> list[str]:
             f"{', '.join(single)}: one seed each, so errors and tests cover the choice of samples, not how a training run would "
             "come out with another seed."
         )
-    if len(seeds) > 2:
+    if any(1 < n < 4 for n in seeds.values()):
         notes.append(
-            "p values of whole splits are not corrected for the number of pairs of runs; those of groups are, for the groups."
+            "Two or three seeds say little of how seeds vary: runs that are equal come out as settled in up to one of eight comparisons "
+            "(simulated), not one of 20."
+        )
+    rows = [row for splits in benchmarks.values() for found in splits.values() for row in found["comparisons"]]
+    if (count := sum(row["group"] is None and row["rule"] == "official" for row in rows)) > 1:
+        notes.append(
+            f"p values of whole splits are not corrected for the {count} comparisons here, of which about one in 20 would come out as settled "
+            "between equal runs; those of groups are, for the groups."
         )
     return notes
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from vlm_dft.chat import Sample
-from vlm_dft.evaluation_cells import Report, Rows, extra_rows, group_rows, groups_of, number, said_p, splits_of
+from vlm_dft.conclusions import needed, said_p
+from vlm_dft.evaluation_cells import Report, Rows, extra_rows, group_rows, groups_of, number, splits_of
 from vlm_dft.evaluation_html import render_evaluation
 from vlm_dft.reporting import percent
 from vlm_dft.runs import write_json, write_text
@@ -142,10 +143,9 @@ def _comparisons(report: Report) -> Any:
         for rule in dict.fromkeys(row["rule"] for row in rows):
             table.add_row(_text(f"{benchmark}, {split}, {rule}", bold=True))
             for row in (row for row in rows if row["rule"] == rule):
-                needed = row["samples_needed"]
                 table.add_row(
                     _text(f"{row['run']} − {row['against']}", indent=2), percent(row["difference"], signed=True),
                     f"{100 * row['low']:+.1f} {100 * row['high']:+.1f}", f"{number(row['only_second'])}, {number(row['only_first'])}",
-                    said_p(row["p_value"]), "–" if needed is None else number(needed),
+                    said_p(row["p_value"]), needed(row),
                 )  # fmt: skip
     return table
