@@ -238,6 +238,9 @@ def test_draws_are_averaged_and_have_to_be_equally_many(tmp_path: Path) -> None:
     write(tmp_path / "c" / "quiz", "1" * 12)
     with pytest.raises(UserError, match="the number of responses to a sample differs .a: 3; c: 1."):
         compare(tmp_path / "a", tmp_path / "c")
+    write(tmp_path / "d" / "quiz", draws[:-1])
+    with pytest.raises(UserError, match="a: 3; d: 2 or 3"):
+        compare(tmp_path / "a", tmp_path / "d")
 
 
 def test_metrics_of_the_benchmark_are_measured_again_and_averaged_over_seeds(tmp_path: Path) -> None:
@@ -307,7 +310,10 @@ def test_a_folder_named_twice_is_refused(tmp_path: Path) -> None:
     [
         ("", "is empty. Score the predictions again"),
         ('{"id": "a"}\n', "row 1: no 'split'"),
-        ('[1]\n', "row 1: no 'id'"),
+        ('[1]\n', "line 1: expected an object, found list"),
+        (json.dumps(score(0, "no")), "row 1: verdict 'no', neither true nor false"),  # type: ignore[arg-type]
+        (json.dumps(score(0, True, draw="a")), "row 1: draw 'a'"),
+        (json.dumps(score(0, True, groups={"level": 1})), "row 1: groups {'level': 1}"),
         (json.dumps(score(0, True)) + "\n" + json.dumps(score(0, False)), "row 2: sample 's0', draw 0 is there twice"),
         (json.dumps(score(0, True)) + "\n" + json.dumps(score(1, False, benchmark="exam")), "has rows of exam beside those of quiz"),
         ('{"id": \n', "line 1: not valid JSON"),
@@ -346,7 +352,7 @@ def test_a_conclusion_says_in_words_what_is_known() -> None:
     assert conclusion(row(samples_needed=None)).startswith(f"{start}: not settled, and more samples alone would not do")
     assert conclusion(row(p_value=0.003)).endswith("p = 0.003: settled, DFT is better than SFT")
     assert conclusion(row(p_value=1e-9, difference=-0.02)).endswith("p < 0.0001: settled, SFT is better than DFT")
-    assert "no difference seen; one of 3.0 points could be" in conclusion(
+    assert "no difference seen; with these samples one of under 3.0 points may go unnoticed" in conclusion(
         row(difference=0, p_value=1.0, samples_needed=None)
     )
     assert "about 2,300 problems would" in conclusion(row(group="metric"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any
@@ -227,13 +228,12 @@ def _right(row: Row, rule: str) -> bool:
 
 def _lcm(seeds: Sequence[Rows]) -> int:
     """A number that every sample's number of draws divides."""
-    counts: set[int] = set()
-    for rows in seeds:
-        draws: dict[str, int] = {}
-        for row in rows:
-            draws[str(row["id"])] = draws.get(str(row["id"]), 0) + 1
-        counts |= set(draws.values())
-    return math.lcm(*counts)
+    return math.lcm(*(count for rows in seeds for count in _draws(rows)))
+
+
+def _draws(rows: Rows) -> set[int]:
+    """The numbers of draws that samples have."""
+    return set(Counter(str(row["id"]) for row in rows).values())
 
 
 def _same_samples(
@@ -303,10 +303,10 @@ def _plain(value: Any) -> Any:
 
 def _check_draws(benchmark: str, scores: Mapping[str, Sequence[Rows]], warnings: list[str], *, mixed: bool) -> None:
     """The same for the number of responses to a sample, which files of others do not say in their settings."""
-    draws = {label: sorted({_lcm([rows]) for rows in seeds}) for label, seeds in scores.items()}
+    draws = {label: sorted({count for rows in seeds for count in _draws(rows)}) for label, seeds in scores.items()}
     if len({tuple(found) for found in draws.values()}) < 2:
         return
-    said = "; ".join(f"{label}: {', '.join(map(str, counts))}" for label, counts in draws.items())
+    said = "; ".join(f"{label}: {' or '.join(map(str, counts))}" for label, counts in draws.items())
     differ = f"the number of responses to a sample differs ({said})"
     if not mixed:
         raise UserError(f"{benchmark}: {differ}. Evaluate the runs alike, or pass --mixed to compare all the same.")

@@ -20,7 +20,7 @@ def conclusion(row: Row) -> str:
         better, worse = (row["run"], row["against"]) if row["difference"] > 0 else (row["against"], row["run"])
         return f"{start}: settled, {better} is better than {worse}"
     if row["difference"] == 0:
-        return f"{start}: no difference seen; one of {_points(row['detectable'], sign=False)} points could be with these samples"
+        return f"{start}: no difference seen; with these samples one of under {_points(row['detectable'], sign=False)} points may go unnoticed"
     if row["samples_needed"] is None:
         return f"{start}: not settled, and more samples alone would not do: the seeds differ too much. More seeds are needed"
     if row["samples_needed"] <= row["count"]:
