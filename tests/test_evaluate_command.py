@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -220,7 +221,7 @@ def test_the_folder_of_a_training_run_and_one_in_use_are_left_alone(
     if child == 0:
         with hold(sums.parent / "out"):
             os.write(told, b".")
-            os.read(ready, 2)  # until it is ended
+            signal.pause()  # until it is ended
     os.read(ready, 1)
     try:
         assert main(asked) == 2

@@ -69,7 +69,7 @@ def _show(report: Mapping[str, Any], rule: str) -> None:
 
     for warning in report["warnings"]:
         echo(f"warning: {printable(warning)}")
-    for table in evaluation_tables(report):
+    for table in evaluation_tables(report, rest="--html"):
         echo(table)
     rows = list(whole_rows(report, rule))
     if rows:
