@@ -326,6 +326,17 @@ def test_a_broken_file_is_named_with_its_row(tmp_path: Path, text: str, message:
         compare(folder)
 
 
+def test_seeds_in_other_groups_and_a_broken_config_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "0", [score(k, True, groups={"level": "0"}) for k in range(4)])
+    write(tmp_path / "1", [score(k, k > 0, groups={"level": str(k % 2)}) for k in range(4)])
+    with pytest.raises(UserError, match="a: a seed's samples are in other groups .first: 'level 1'"):
+        compare(f"a={tmp_path / '0'}", f"a={tmp_path / '1'}")
+    write(tmp_path / "run" / "base", "10")
+    (tmp_path / "run" / "config.yaml").write_text("[1]")
+    with pytest.raises(UserError, match="config.yaml is no mapping of settings"):
+        compare(tmp_path / "run")
+
+
 def test_a_file_in_another_encoding_is_refused(tmp_path: Path) -> None:
     folder = write(tmp_path / "run", "10")
     (folder / "scores.jsonl").write_bytes(json.dumps(score(0, True)).encode("utf-16"))

@@ -320,8 +320,14 @@ def test_scoring_imports_neither_torch_nor_transformers(tmp_path: Path) -> None:
 
 
 def test_mathvistas_stored_extractions_give_every_stored_verdict(shared: Path, tmp_path: Path) -> None:
-    assert score(shared / "mathvista/results/bard", "--benchmark", "mathvista", "--json", tmp_path / "r.json") == 0
+    words = ["--benchmark", "mathvista", "--json", tmp_path / "r.json", "--output", tmp_path / "out"]
+    assert score(shared / "mathvista/results/bard", *words) == 0
     said = json.loads((tmp_path / "r.json").read_text())
+    assert main(["compare", str(tmp_path / "out"), "--html", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text()
+    assert (
+        "we cannot find the work by simply multiplying" in page and "data were not found" not in page
+    )  # the file's rows
     stored = said["stored"]
     assert (
         stored["extractions"],

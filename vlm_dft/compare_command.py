@@ -120,15 +120,23 @@ def _write_pages(
 
 def _samples(report: Mapping[str, Any], runs: Mapping[str, Sequence[Any]], words: list[str]) -> dict[str, Any]:
     """{benchmark: its samples}, where its files are at hand; the page has no questions and pictures of the others, which is said."""
-    from vlm_dft.benchmarks import load_benchmark
+    from vlm_dft.benchmarks import load_benchmark, read_benchmark
     from vlm_dft.evaluate_command import read_data
+    from vlm_dft.file_records import samples_in
+    from vlm_dft.foreign_predictions import read_predictions
+    from vlm_dft.predictions import OWN
 
     data, found = read_data(words), {}
     for name in report["benchmarks"]:
         settings = next(run.settings[name] for seeds in runs.values() for run in seeds if name in run.settings)
         said = {key: settings[key] for key in ("limit", "protocol") if settings.get(key) is not None}
+        where, source = data.get(name, data.get("")) or settings.get("data"), settings.get("source") or {}
         try:
-            splits = load_benchmark(name, data.get(name, data.get("")) or settings.get("data"), **said)
+            if where is None and source.get("format", OWN[0]) not in OWN:  # scored by what the file itself holds
+                rows = read_predictions(Path(source["file"])).predictions
+                found[name] = samples_in(rows, read_benchmark(name), where=source["file"])
+                continue
+            splits = load_benchmark(name, where, **said)
         except (UserError, OSError) as error:
             echo(f"{name}: the page has no questions and pictures ({printable(str(error))})")
         else:

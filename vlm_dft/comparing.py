@@ -183,6 +183,15 @@ class _Table:
         if len(seeds) == 1:
             return {**seeds[0], "seeds": 1}
         whole = self._over_seeds(label, seeds, None)
+        known = {(group, value) for group, values in seeds[0]["groups"].items() for value in values}
+        for seed in seeds:
+            odd = known ^ {
+                (group, value) for group, values in seed["groups"].items() for value in values
+            } or known - set(self.groups)
+            if odd:
+                raise UserError(
+                    f"{label}: a seed's samples are in other groups (first: {' '.join(min(odd))!r}). Score all with the same version of the card."
+                )
         groups = {
             group: {
                 value: self._over_seeds(label, [s["groups"][group][value] for s in seeds], self.groups[group, value])

@@ -137,7 +137,14 @@ def _training(label: str | None, folder: Path, inside: Sequence[Path]) -> list[_
     """The base model and the objectives of an OUTPUT of train; a label of one's own is of its one objective."""
     import yaml
 
-    config: dict[str, Any] = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {}
+    try:
+        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError):
+        config = None
+    if not isinstance(config, dict):
+        raise UserError(
+            f"{folder / 'config.yaml'} is no mapping of settings. Restore it, or name the folders in {folder} one by one."
+        )
     family = json.dumps({k: v for k, v in sorted(config.items()) if k not in MAY_DIFFER}, default=str)
     objectives = config.get("objective") or []
     if (folder / SCORES).is_file():  # one objective, in the run folder itself
