@@ -154,7 +154,8 @@ def test_a_model_is_asked_as_its_run_trained_it_and_that_is_said(
     asked = words(sums)
     asked[asked.index("--model") + 1] = str(run / "checkpoint-2")
     assert main(asked) == 0
-    assert "asked as in training" in (text := said(capsys)) and "max_pixels = 50176, resize = pillow, system prompt 'Answer in one word.'" in text  # fmt: skip
+    assert "asked as in training" in (text := said(capsys))
+    assert "max_pixels = 50176, resize = pillow, system prompt 'Answer in one word.'" in text
     meta = json.loads(meta_of(sums.parent / "out/sums/predictions.jsonl").read_text())
     assert meta["pixels"]["longest_edge"] == 50_176 and meta["pixels"]["resize"] == "pillow"
     with pytest.raises(ConfigError, match=r"max_pixels = 99999, but .*run trained this model with max_pixels = 50176"):

@@ -338,8 +338,8 @@ def _notes(seeds: Mapping[str, int], benchmarks: Mapping[str, Mapping[str, Any]]
         )
     if any(1 < n < 4 for n in seeds.values()):
         notes.append(
-            "Two or three seeds say little of how seeds vary: runs that are equal come out as settled in up to one of eight comparisons "
-            "(simulated), not one of 20."
+            "Two or three seeds say little of how seeds vary: runs that are equal come out as settled in up to one of six comparisons "
+            "(simulated: base against two seeds), not one of 20."
         )
     rows = [row for splits in benchmarks.values() for found in splits.values() for row in found["comparisons"]]
     if (count := sum(row["group"] is None and row["rule"] == "official" for row in rows)) > 1:
