@@ -70,7 +70,7 @@ def _table(first: str, *titles: str, caption: str | None = None, first_width: in
 
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), caption=caption, caption_justify="left")
     table.add_column(first, overflow="fold", max_width=first_width)
-    for title in titles:
+    for title in map(_text, titles):
         table.add_column(title, justify="right", no_wrap=True)
     return table
 

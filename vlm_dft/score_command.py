@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_dft.commands import check_folder, check_writable, echo
-from vlm_dft.errors import UserError
+from vlm_dft.errors import UserError, printable
 
 WRITTEN = ("vlmevalkit",)
 SHOWN = 35  # values of a group that the table shows
@@ -65,7 +65,7 @@ def score_command(arguments: argparse.Namespace) -> int:
 
         write_json(Path(arguments.json), done.results)
     for line in done.said:
-        echo(line)
+        echo(printable(line))
     for table in evaluation_tables(_report(done.results), rest="--json", most=SHOWN):
         echo(table)
     for line in written:
