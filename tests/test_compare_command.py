@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -87,8 +88,9 @@ def test_what_cannot_be_compared_is_refused(
 
 
 def test_control_characters_in_labels_do_not_reach_the_terminal(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["compare", f"\x1b[31mred={runs / 'nll'}", str(runs / "dft")]) == 0
-    assert "\x1b" not in capsys.readouterr().out
+    assert main(["compare", f"\x1b[31mred={runs / 'nll'}", f"[/b]={runs / 'dft'}"]) == 0
+    said = capsys.readouterr().out
+    assert "\x1b" not in said and re.search(r"by group .* n .*\[/b\]", said)  # nor are they markup
 
 
 def test_the_help_is_quick_and_comparing_loads_no_torch(runs: Path) -> None:

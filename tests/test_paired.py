@@ -195,6 +195,7 @@ def test_holm_is_as_in_the_textbook() -> None:
 def test_very_few_samples_say_nothing(n: int) -> None:
     found = paired_difference(verdicts("0" * n), verdicts("1" * n), alone(n))
     assert found["p_value"] == [1.0, 0.5][n - 1] and found["low"] < 0 and found["detectable"] == 1
+    assert found["samples_needed"] == 6  # 2 / 2^5 > 0.05 > 2 / 2^6
     several = paired_difference(
         verdicts("0" * n).repeat(2, 0), verdicts("1" * n).repeat(2, 0), np.zeros(n, dtype=np.intp)
     )

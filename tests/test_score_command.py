@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shlex
 import subprocess
 import sys
 import threading
@@ -84,7 +86,7 @@ def test_scores_with_both_rules_groups_and_counts_are_written_and_shown(
         False,
     ] * 4
     shown = capsys.readouterr().out
-    assert "8 responses, format of vlm-dft" in shown and "kind: even" in shown and "50.0 ± 17.7" in shown
+    assert "8 responses, format of vlm-dft" in shown and "even" in shown and shown.count("50.0 ± 17.7") == 2
 
 
 def test_scoring_again_what_was_written_gives_the_same_bytes(bars: list[str], tmp_path: Path) -> None:
@@ -188,6 +190,20 @@ def test_mistaken_words_are_said_before_the_work(
     lines(tmp_path / "predictions.jsonl", ANSWERS)
     assert score("predictions.jsonl", *bars, *words) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_reader_that_goes_does_not_stop_the_work_and_a_full_disk_is_said(bars: list[str], tmp_path: Path) -> None:
+    file = lines(tmp_path / "predictions.jsonl", ANSWERS)
+    words = [sys.executable, "-m", "vlm_dft.cli", "score", str(file), *bars]
+    read, write = os.pipe()
+    os.close(read)
+    gone = subprocess.run([*words, "--output", str(tmp_path / "out")], stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert (gone.returncode, gone.stderr) == (0, b"") and (tmp_path / "out" / "bars" / "results.json").is_file()
+    full = f"ulimit -f 0; exec {shlex.join([*words, '--json', str(tmp_path / 'r.json')])}"
+    said = subprocess.run(["bash", "-c", full], capture_output=True, text=True)
+    assert said.returncode == 2 and f"error: {tmp_path / 'r.json'}: File too large." in said.stderr
+    assert not (tmp_path / "r.json").exists() and not list(tmp_path.glob(".*"))
 
 
 def test_predictions_of_another_run_are_not_written_over(
@@ -304,8 +320,14 @@ def test_scoring_imports_neither_torch_nor_transformers(tmp_path: Path) -> None:
 
 
 def test_mathvistas_stored_extractions_give_every_stored_verdict(shared: Path, tmp_path: Path) -> None:
-    assert score(shared / "mathvista/results/bard", "--benchmark", "mathvista", "--json", tmp_path / "r.json") == 0
+    words = ["--benchmark", "mathvista", "--json", tmp_path / "r.json", "--output", tmp_path / "out"]
+    assert score(shared / "mathvista/results/bard", *words) == 0
     said = json.loads((tmp_path / "r.json").read_text())
+    assert main(["compare", str(tmp_path / "out"), "--html", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text()
+    assert (
+        "we cannot find the work by simply multiplying" in page and "data were not found" not in page
+    )  # the file's rows
     stored = said["stored"]
     assert (
         stored["extractions"],

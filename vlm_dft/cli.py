@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from vlm_dft.commands import (
     echo,
     list_kind,
     model_and_recipe,
+    print_no_more,
     quiet,
 )
 from vlm_dft.compare_command import add_compare
@@ -27,6 +29,14 @@ from vlm_dft.recipes_command import add_recipes
 from vlm_dft.score_command import add_score
 
 ENDED_BY_USER = 130  # the shell's exit status for an interrupt
+BROKEN_PIPE = 141  # and for output that nobody reads any more
+OF_THE_PLACE = {
+    errno.ENOSPC,
+    errno.EFBIG,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+}  # faults of a disk or folder, not of ours
 TRAIN_FLAGS = {  # the settings that `vlm-dft train --help` names; every other field is a flag too
     "model": "'tiny', a folder, or a hub id",
     "recipe": RECIPE_HELP,
@@ -48,7 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         words, settings = _take_settings(words) if words[:1] == ["train"] else (words, {})
         arguments = _parser().parse_args(words)
         arguments.settings, arguments.words = settings, given
-        return int(arguments.run(arguments) or 0)
+        status = int(arguments.run(arguments) or 0)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        print_no_more()
+        return BROKEN_PIPE
     except UserError as error:
         if hasattr(error, "status"):  # stopped by a signal: not a mistake
             if int(os.environ.get("RANK", "0")) == 0:
@@ -67,6 +82,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "`vlm-dft inspect` shows rows with their tokens or what is wrong with them (-n, --start).",
                 file=sys.stderr,
             )
+        return 2
+    except OSError as error:
+        if error.errno not in OF_THE_PLACE:
+            raise
+        print(
+            f"error: {printable(f'{error.filename}: ' if error.filename else '')}{error.strerror}. Free space, or name another place.",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("\nInterrupted. The same command continues from the last checkpoint.", file=sys.stderr)

@@ -58,6 +58,18 @@ def check_writable(path: str | None, flag: str) -> None:
         raise UserError(f"{flag} {path!r}: expected the name of a file in a folder that can be written to.")
 
 
+def check_folder(path: str | None, flag: str) -> None:
+    """Whether a folder is there or can be made, before the work is done. Raises UserError."""
+    if path is None:
+        return
+    whole = Path(path).absolute()
+    there = next(above for above in (whole, *whole.parents) if above.exists())
+    if there.is_file():
+        raise UserError(f"{flag} {path!r}: {there} is a file. Expected a folder.")
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise UserError(f"{flag} {path!r}: expected a folder that can be written to.")
+
+
 def list_kind(arguments: argparse.Namespace) -> int:
     """Print the cards of `arguments.kind`, a line each."""
     import yaml
@@ -103,14 +115,27 @@ def _splits_line(card: dict[str, Any]) -> str:
 
 
 def echo(text: Any) -> None:
-    """Print a line or a rich table, on the first process only."""
-    if int(os.environ.get("RANK", "0")) == 0:
+    """Print a line or a rich table, on the first process only. A reader that has gone, as `| head` does, ends the printing, not the work."""
+    if int(os.environ.get("RANK", "0")) != 0:
+        return
+    try:
         if isinstance(text, str):
             print(text, flush=True)
         else:
             from rich.console import Console
 
-            Console(width=None if sys.stdout.isatty() else 160).print(text)
+            console = Console(width=None if sys.stdout.isatty() else 160)
+            with console.capture() as found:
+                console.print(text)
+            print(found.get(), end="", flush=True)
+    except BrokenPipeError:
+        print_no_more()
+
+
+def print_no_more() -> None:
+    """Send what is printed from now on nowhere: nobody reads it."""
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def quiet() -> None:

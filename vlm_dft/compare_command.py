@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm_dft.commands import check_writable, echo
+from vlm_dft.commands import check_folder, check_writable, echo
 from vlm_dft.errors import UserError, printable
 
 DESCRIPTION = """Compare runs sample by sample: an OUTPUT of `evaluate`, a benchmark's folder in it, an objective's folder, or an OUTPUT of `train`,
@@ -47,6 +47,7 @@ def compare_command(arguments: argparse.Namespace) -> int:
 
     for flag in ("json", "html"):
         check_writable(getattr(arguments, flag), f"--{flag}")
+    check_folder(arguments.output, "--output")
     runs = read_runs(arguments.runs)
     output = Path(arguments.output) if arguments.output else None
     if output is not None:
@@ -68,7 +69,7 @@ def _show(report: Mapping[str, Any], rule: str) -> None:
 
     for warning in report["warnings"]:
         echo(f"warning: {printable(warning)}")
-    for table in evaluation_tables(report):
+    for table in evaluation_tables(report, rest="--html"):
         echo(table)
     rows = list(whole_rows(report, rule))
     if rows:
@@ -83,9 +84,7 @@ def _show(report: Mapping[str, Any], rule: str) -> None:
 
 
 def _check_output(output: Path, runs: Mapping[str, Sequence[Any]]) -> None:
-    """Raises UserError for a file, and for a compared run's own folder, whose report it would replace."""
-    if output.is_file():
-        raise UserError(f"--output {str(output)!r} is a file. Expected a folder.")
+    """Raises UserError for a compared run's own folder, whose report it would replace."""
     own = {run.folder.resolve() for found in runs.values() for run in found}
     own |= {folder.parent for folder in own if (folder.parent / "config.yaml").is_file()}
     if output.resolve() in own:
@@ -121,15 +120,23 @@ def _write_pages(
 
 def _samples(report: Mapping[str, Any], runs: Mapping[str, Sequence[Any]], words: list[str]) -> dict[str, Any]:
     """{benchmark: its samples}, where its files are at hand; the page has no questions and pictures of the others, which is said."""
-    from vlm_dft.benchmarks import load_benchmark
+    from vlm_dft.benchmarks import load_benchmark, read_benchmark
     from vlm_dft.evaluate_command import read_data
+    from vlm_dft.file_records import samples_in
+    from vlm_dft.foreign_predictions import read_predictions
+    from vlm_dft.predictions import OWN
 
     data, found = read_data(words), {}
     for name in report["benchmarks"]:
         settings = next(run.settings[name] for seeds in runs.values() for run in seeds if name in run.settings)
         said = {key: settings[key] for key in ("limit", "protocol") if settings.get(key) is not None}
+        where, source = data.get(name, data.get("")) or settings.get("data"), settings.get("source") or {}
         try:
-            splits = load_benchmark(name, data.get(name, data.get("")) or settings.get("data"), **said)
+            if where is None and source.get("format", OWN[0]) not in OWN:  # scored by what the file itself holds
+                rows = read_predictions(Path(source["file"])).predictions
+                found[name] = samples_in(rows, read_benchmark(name), where=source["file"])
+                continue
+            splits = load_benchmark(name, where, **said)
         except (UserError, OSError) as error:
             echo(f"{name}: the page has no questions and pictures ({printable(str(error))})")
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any
@@ -11,14 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlm_dft.cards import nearest
-from vlm_dft.conclusions import conclusion
 from vlm_dft.errors import UserError
 from vlm_dft.metrics import METRICS, cluster_of, labels, summarise
 from vlm_dft.named_metrics import by_problem
 from vlm_dft.paired import holm, paired_difference, with_seeds
 from vlm_dft.run_folders import BASE, Run, read_runs, read_scores
 
-__all__ = ["BASE", "Run", "compare_runs", "conclusion", "read_runs", "read_scores"]
+__all__ = ["BASE", "Run", "compare_runs", "read_runs", "read_scores"]
 
 Row = Mapping[str, Any]
 Rows = list[dict[str, Any]]
@@ -66,7 +66,7 @@ def compare_runs(
         "runs": {label: _about(runs[label], seeds[label]) for label in order},
         "benchmarks": benchmarks,
         "warnings": warnings,
-        "notes": _notes(seeds) if len(order) > 1 else [],
+        "notes": _notes(seeds, benchmarks) if len(order) > 1 else [],
         "versions": versions(),
     }
 
@@ -183,6 +183,15 @@ class _Table:
         if len(seeds) == 1:
             return {**seeds[0], "seeds": 1}
         whole = self._over_seeds(label, seeds, None)
+        known = {(group, value) for group, values in seeds[0]["groups"].items() for value in values}
+        for seed in seeds:
+            odd = known ^ {
+                (group, value) for group, values in seed["groups"].items() for value in values
+            } or known - set(self.groups)
+            if odd:
+                raise UserError(
+                    f"{label}: a seed's samples are in other groups (first: {' '.join(min(odd))!r}). Score all with the same version of the card."
+                )
         groups = {
             group: {
                 value: self._over_seeds(label, [s["groups"][group][value] for s in seeds], self.groups[group, value])
@@ -228,13 +237,12 @@ def _right(row: Row, rule: str) -> bool:
 
 def _lcm(seeds: Sequence[Rows]) -> int:
     """A number that every sample's number of draws divides."""
-    counts: set[int] = set()
-    for rows in seeds:
-        draws: dict[str, int] = {}
-        for row in rows:
-            draws[str(row["id"])] = draws.get(str(row["id"]), 0) + 1
-        counts |= set(draws.values())
-    return math.lcm(*counts)
+    return math.lcm(*(count for rows in seeds for count in _draws(rows)))
+
+
+def _draws(rows: Rows) -> set[int]:
+    """The numbers of draws that samples have."""
+    return set(Counter(str(row["id"]) for row in rows).values())
 
 
 def _same_samples(
@@ -304,10 +312,10 @@ def _plain(value: Any) -> Any:
 
 def _check_draws(benchmark: str, scores: Mapping[str, Sequence[Rows]], warnings: list[str], *, mixed: bool) -> None:
     """The same for the number of responses to a sample, which files of others do not say in their settings."""
-    draws = {label: sorted({_lcm([rows]) for rows in seeds}) for label, seeds in scores.items()}
+    draws = {label: sorted({count for rows in seeds for count in _draws(rows)}) for label, seeds in scores.items()}
     if len({tuple(found) for found in draws.values()}) < 2:
         return
-    said = "; ".join(f"{label}: {', '.join(map(str, counts))}" for label, counts in draws.items())
+    said = "; ".join(f"{label}: {' or '.join(map(str, counts))}" for label, counts in draws.items())
     differ = f"the number of responses to a sample differs ({said})"
     if not mixed:
         raise UserError(f"{benchmark}: {differ}. Evaluate the runs alike, or pass --mixed to compare all the same.")
@@ -319,7 +327,7 @@ def _about(runs: Sequence[Run], seeds: int) -> dict[str, Any]:
     return {"folders": [str(run.folder) for run in runs], **about, "seeds": seeds}
 
 
-def _notes(seeds: Mapping[str, int]) -> list[str]:
+def _notes(seeds: Mapping[str, int], benchmarks: Mapping[str, Mapping[str, Any]]) -> list[str]:
     single = [label for label, n in seeds.items() if n == 1 and label != BASE]
     several = [f"{label}: {n} seeds" for label, n in seeds.items() if n > 1]
     notes = [f"{', '.join(several)}: errors and tests cover the choice of samples and of seeds."] if several else []
@@ -328,9 +336,16 @@ def _notes(seeds: Mapping[str, int]) -> list[str]:
             f"{', '.join(single)}: one seed each, so errors and tests cover the choice of samples, not how a training run would "
             "come out with another seed."
         )
-    if len(seeds) > 2:
+    if any(1 < n < 4 for n in seeds.values()):
         notes.append(
-            "p values of whole splits are not corrected for the number of pairs of runs; those of groups are, for the groups."
+            "Two or three seeds say little of how seeds vary: runs that are equal come out as settled in up to one of six comparisons "
+            "(simulated: base against two seeds), not one of 20."
+        )
+    rows = [row for splits in benchmarks.values() for found in splits.values() for row in found["comparisons"]]
+    if (count := sum(row["group"] is None and row["rule"] == "official" for row in rows)) > 1:
+        notes.append(
+            f"p values of whole splits are not corrected for the {count} comparisons here, of which about one in 20 would come out as settled "
+            "between equal runs; those of groups are, for the groups."
         )
     return notes
 

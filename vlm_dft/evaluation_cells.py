@@ -92,11 +92,6 @@ def listed(names: Iterable[str]) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
-def said_p(value: float | None) -> str:
-    """A p value as it is read: never "0.000"."""
-    return "" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
-
-
 def decided(rows: Mapping[str, Rows]) -> str:
     """Who decided a run's verdicts: "rule 1,998, gpt-4o 2"."""
     found = Counter(str(row.get("decided_by", "rule")) for some in rows.values() for row in some)

@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from vlm_dft.chat import Sample
-from vlm_dft.comparing import conclusion
+from vlm_dft.conclusions import LEVEL, also_said, conclusion, needed, said_p, settled
 from vlm_dft.evaluation_cells import (
     Report,
     Rows,
@@ -18,7 +18,6 @@ from vlm_dft.evaluation_cells import (
     groups_of,
     listed,
     number,
-    said_p,
     splits_of,
 )
 from vlm_dft.evaluation_samples import sample_blocks
@@ -28,7 +27,6 @@ from vlm_dft.report_style import STYLE as REPORT_STYLE
 from vlm_dft.reporting import percent
 
 MOST_BARS = 12  # values of a group that are drawn as bars; larger groups are a table only
-SURE = 0.05  # corrected p value below which a difference is coloured
 POLICY = (
     "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"  # nothing is fetched
 )
@@ -129,8 +127,14 @@ def _overview(report: Report, runs: list[str]) -> str:
         body += (
             f"<tr><th scope=row>{escape(benchmark)} <small>{escape(split)}</small></th><td>{count:,}</td>{cells}</tr>"
         )
+    several = len(report["benchmarks"]) > 1
     drawn = [
-        {"split": "official accuracy", "group": "benchmark", "value": name, "cells": found["runs"]}
+        {
+            "split": "official accuracy",
+            "group": "benchmark",
+            "value": name if several else split,
+            "cells": found["runs"],
+        }
         for name, split, found in splits_of(report)
         if set(found["runs"]) == set(runs)
     ]
@@ -225,9 +229,13 @@ def _comparison(report: Report) -> str:
         if not rows:
             continue
         whole = [row for row in rows if row.get("group") is None]
-        said = "".join(f"<li>{escape(conclusion(row))}</li>" for row in whole if row["rule"] == "official")
+        said = "".join(_concluded(report, row) for row in whole if row["rule"] == "official")
         title = f"<h3>{escape(benchmark)} <span class=soft>{escape(split)}</span></h3>"
         parts.append(f"{title}<ul class=said>{said}</ul>{_comparison_table(whole)}")
+        if own := [row for row in rows if row.get("group") == "metric"]:
+            parts.append(
+                f"<details open><summary>by the benchmark's own numbers, of problems</summary>{_comparison_table(own)}</details>"
+            )
         for group in groups_of(found):
             some = [row for row in rows if row.get("group") == group]
             parts.append(f"<details><summary>by {escape(group)}</summary>{_comparison_table(some)}</details>")
@@ -238,9 +246,14 @@ def _comparison(report: Report) -> str:
         f"<section id=comparison><h2>Comparison</h2>{''.join(parts)}"
         "<p class=note>Differences are paired: the same samples, in points ± standard error, with a 95 % interval; every plot's axis is "
         "symmetric about no difference. Won, lost: samples that the run alone, or the other alone, does better on. Corrected p: Holm's, for "
-        f"the number of groups compared. Coloured: p below {SURE}, the corrected one where there is one. Needed: about so many samples would "
+        f"the number of groups compared. Coloured: p below {LEVEL}, the corrected one where there is one. Needed: about so many samples would "
         "settle a difference of this size.</p></section>"
     )
+
+
+def _concluded(report: Report, row: Mapping[str, Any]) -> str:
+    more = "".join(f"<li>{escape(line)}</li>" for line in also_said(report, row))
+    return f"<li>{escape(conclusion(row))}{f'<ul>{more}</ul>' if more else ''}</li>"
 
 
 def _comparison_table(rows: Rows) -> str:
@@ -259,18 +272,16 @@ def _comparison_table(rows: Rows) -> str:
 
 
 def _comparison_row(row: Mapping[str, Any], reach: float, *, by_value: bool, corrected: bool) -> str:
-    p = row["p_value"] if row.get("p_adjusted") is None else row["p_adjusted"]
-    tone = "flat" if p >= SURE else "up" if row["difference"] > 0 else "down"
+    tone = "flat" if not settled(row) else "up" if row["difference"] > 0 else "down"
     pair = escape(f"{row['run']} − {row['against']}")
     named = f"<th scope=row>{escape(str(row['value']))}</th><td class=left>{pair}</td>"
     difference = percent(row["difference"], row["stderr"], signed=True)
-    needed = row.get("samples_needed")
     cells = [
         named if by_value else f"<th scope=row>{pair}</th>", f"<td class=left>{escape(str(row['rule']))}</td>",
         f"<td class={tone}>{difference}<small>{100 * row['low']:+.1f} to {100 * row['high']:+.1f}</small></td>",
         f"<td class=plot>{interval_figure(row['difference'], row['low'], row['high'], reach, tone)}</td>",
         f"<td>{said_p(row['p_value'])}<small>{escape(str(row.get('test') or ''))}</small></td>",
-        f"<td>{said_p(row.get('p_adjusted'))}</td>" if corrected else "", f"<td>{'–' if needed is None else number(needed)}</td>",
+        f"<td>{said_p(row.get('p_adjusted'))}</td>" if corrected else "", f"<td>{needed(row)}</td>",
         f"<td>{number(row['second'])} − {number(row['first'])}</td>", f"<td>{number(row['only_second'])}, {number(row['only_first'])}</td>",
         f"<td>{number(row['count'])}</td>",
     ]  # fmt: skip

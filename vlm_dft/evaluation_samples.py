@@ -80,7 +80,7 @@ def _entries(
             for row in scores.get(run, {}).get(benchmark, ()):
                 judged.setdefault(row["id"], {}).setdefault(run, []).append(row)
         said = {
-            run: {(row["id"], row.get("draw") or 0): row for row in responses.get(run, {}).get(benchmark, ())}
+            run: {(row.get("id"), row.get("draw") or 0): row for row in responses.get(run, {}).get(benchmark, ())}
             for run in runs
         }
         for name, found in judged.items():

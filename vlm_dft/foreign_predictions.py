@@ -182,7 +182,7 @@ def _places(path: Path, oddities: Oddities) -> Iterator[Place]:
         if head.startswith(b"PK\x03\x04"):
             yield from xlsx_rows(path, name, oddities.add)
             return
-        kind = kind_of(path, str(path))
+        kind = _kind(path)
         if kind in ("json", "jsonl"):
             with opened(path, name) as file:
                 for place in (json_lines if kind == "jsonl" else json_whole)(file, name, nan=True):
@@ -196,6 +196,16 @@ def _places(path: Path, oddities: Oddities) -> Iterator[Place]:
         if not begun:
             raise
         yield -1, error
+
+
+def _kind(path: Path) -> str:
+    try:
+        return kind_of(path, str(path))
+    except RowError as error:
+        if error.reason == "kind unknown":
+            message = f"{path}: its content tells no kind of responses. Expected .jsonl, .json, .xlsx, .tsv or .csv."
+            raise RowError(message, error.reason) from None
+        raise
 
 
 def _format(path: Path, rows: list[Mapping[str, Any]]) -> Format:

@@ -55,7 +55,7 @@ def paired_difference(first: Floats, second: Floats, clusters: Ints, *, draws: i
         "low": max(-1.0, low), "high": min(1.0, high), "interval": "t" if of_seeds and total else "bootstrap",
         "only_first": int((each < -1e-9).sum()), "only_second": int((each > 1e-9).sum()),
         "p_value": p_value, "test": test, "p_adjusted": None,
-        "samples_needed": _needed(difference, float((sums**2).sum()) / n, variance * n, seeds),
+        "samples_needed": _needed(difference, float((sums**2).sum()) / n, variance * n, seeds, n / len(sums)),
         "detectable": _detectable(float((sums**2).sum()) / n**2 + seeds, len(sums)),
         "seeds": [len(first), len(second)],
     }  # fmt: skip
@@ -166,17 +166,17 @@ def _student(difference: float, variance: float, freedom: float) -> float:
     return min(1.0, 2 * float(stdtr(freedom, -abs(difference) / math.sqrt(variance))))
 
 
-def _needed(difference: float, null: float, other: float, seeds: float) -> int | None:
+def _needed(difference: float, null: float, other: float, seeds: float, size: float) -> int | None:
     """Samples at which a two-sided test at 5 % notices this difference four times in five; None where no number does.
 
     null, other: variance of a sample's difference around no difference, and around this one (of McNemar's test: Connor
-    1987). The seeds' variance does not shrink with samples.
+    1987). The seeds' variance does not shrink with samples. size: samples of a cluster, of which the test needs DISCORDANT.
     """
     sure, power = float(ndtri(1 - LEVEL / 2)), float(ndtri(POWER))
     left = difference**2 - (sure + power) ** 2 * seeds
     if left <= 1e-12:
         return None
-    return math.ceil((sure * math.sqrt(null) + power * math.sqrt(other)) ** 2 / left)
+    return math.ceil(max((sure * math.sqrt(null) + power * math.sqrt(other)) ** 2 / left, DISCORDANT * size))
 
 
 def _detectable(null: float, clusters: int) -> float:

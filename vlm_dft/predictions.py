@@ -112,15 +112,22 @@ def write_scores(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file. Raises RowError naming the line that is not JSON."""
+    """The objects of a JSON-lines file, NaN read as null. Raises RowError naming the line that holds none, or the byte that is no UTF-8."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RowError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}). Make it again.") from error
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            row = json.loads(line, parse_constant=lambda name: None)
+        except (json.JSONDecodeError, RecursionError) as error:
             raise RowError(f"{path}, line {number}: not valid JSON ({error}).") from error
+        if not isinstance(row, dict):
+            raise RowError(f"{path}, line {number}: expected an object, found {type(row).__name__}.")
+        rows.append(row)
     return rows
 
 

@@ -68,20 +68,12 @@ def read_scores(folder: Path, benchmark: str) -> list[dict[str, Any]]:
     from vlm_dft.predictions import read_jsonl
 
     path = folder / SCORES
-    try:
-        rows, seen = read_jsonl(path), set[tuple[str, int]]()
-    except UnicodeDecodeError as error:
-        raise RowError(
-            f"{path}: not UTF-8 ({error.reason} at byte {error.start}). Score the predictions again."
-        ) from error
+    rows, seen = read_jsonl(path), set[tuple[str, int]]()
     if not rows:
         raise RowError(f"{path} is empty. Score the predictions again.")
     for number, row in enumerate(rows, 1):
-        missing = [key for key in ("id", "split", "correct") if key not in row] if isinstance(row, dict) else ["id"]
-        if missing:
-            raise RowError(
-                f"{path}, row {number}: no {missing[0]!r}. Expected the rows that `vlm-dft evaluate` or `score` writes."
-            )
+        if odd := _odd(row):
+            raise RowError(f"{path}, row {number}: {odd}. Expected the rows that `vlm-dft evaluate` or `score` writes.")
         key = str(row["id"]), int(row.get("draw") or 0)
         if key in seen:
             raise RowError(f"{path}, row {number}: sample {key[0]!r}, draw {key[1]} is there twice.")
@@ -90,6 +82,22 @@ def read_scores(folder: Path, benchmark: str) -> list[dict[str, Any]]:
     if others:
         raise RowError(f"{path} has rows of {', '.join(sorted(others))} beside those of {benchmark}.")
     return rows
+
+
+def _odd(row: Mapping[str, Any]) -> str | None:
+    """What of a row is not as scores.jsonl has it, in words."""
+    missing = next((key for key in ("id", "split", "correct") if key not in row), None)
+    if missing:
+        return f"no {missing!r}"
+    groups, robust = row.get("groups") or {}, row.get("robust") or {"correct": True}
+    if not isinstance(groups, dict) or not all(isinstance(value, (str, list)) for value in groups.values()):
+        return f"groups {groups!r}"
+    if not isinstance(row.get("draw") or 0, int):
+        return f"draw {row['draw']!r}"
+    verdicts = row["correct"], robust.get("correct") if isinstance(robust, dict) else robust
+    return next(
+        (f"verdict {verdict!r}, neither true nor false" for verdict in verdicts if not isinstance(verdict, bool)), None
+    )
 
 
 def _split(word: str) -> tuple[str | None, Path]:
@@ -129,7 +137,14 @@ def _training(label: str | None, folder: Path, inside: Sequence[Path]) -> list[_
     """The base model and the objectives of an OUTPUT of train; a label of one's own is of its one objective."""
     import yaml
 
-    config: dict[str, Any] = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {}
+    try:
+        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError):
+        config = None
+    if not isinstance(config, dict):
+        raise UserError(
+            f"{folder / 'config.yaml'} is no mapping of settings. Restore it, or name the folders in {folder} one by one."
+        )
     family = json.dumps({k: v for k, v in sorted(config.items()) if k not in MAY_DIFFER}, default=str)
     objectives = config.get("objective") or []
     if (folder / SCORES).is_file():  # one objective, in the run folder itself

@@ -188,6 +188,8 @@ def write_text(path: Path, text: str) -> None:
     try:
         aside.write_text(text, encoding="utf-8", errors="backslashreplace")  # half a surrogate pair: an escape of JSON
         os.replace(aside, path)
+    except OSError as error:  # of a full disk: it does not say whose file it was
+        raise (error if error.filename else OSError(error.errno, error.strerror, str(path))) from None
     finally:
         aside.unlink(missing_ok=True)
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vlm_dft.commands import check_writable, echo
-from vlm_dft.errors import UserError
+from vlm_dft.commands import check_folder, check_writable, echo
+from vlm_dft.errors import UserError, printable
 
 WRITTEN = ("vlmevalkit",)
-SHOWN, WIDE = 35, 48  # values of a group, and characters of one, that the table shows
+SHOWN = 35  # values of a group that the table shows
 
 
 def add_score(commands: Any) -> None:
@@ -26,7 +26,9 @@ def add_score(commands: Any) -> None:
     score.add_argument("predictions", metavar="PREDICTIONS", help="a file of responses, or a folder with one")
     score.add_argument("--benchmark", required=True, help="a card in eval/, or a .yaml of your own")
     score.add_argument("--data", help="the folder of the benchmark's files: its samples are scored, not the file's")
-    score.add_argument("--protocol", help="prompt protocol that the responses answer: official or vlmevalkit")
+    score.add_argument(
+        "--protocol", help="prompt protocol that the responses answer, of those of the card (default official)"
+    )
     score.add_argument(
         "--allow-partial", action="store_true", help="score what is there where something is missing or unknown"
     )
@@ -45,12 +47,12 @@ def add_score(commands: Any) -> None:
 
 
 def score_command(arguments: argparse.Namespace) -> int:
+    from vlm_dft.evaluation_report import evaluation_tables
     from vlm_dft.rescoring import rescore, write_run
 
     check_writable(arguments.json, "--json")
     target = _target(arguments.to)
-    if arguments.output and Path(arguments.output).is_file():
-        raise UserError(f"--output {arguments.output!r} is a file. Expected a folder.")
+    check_folder(arguments.output, "--output")
     done = rescore(
         arguments.predictions, arguments.benchmark, data=arguments.data, protocol=arguments.protocol,
         allow_partial=arguments.allow_partial, judge=_judge(arguments.judge, arguments.judge_model, arguments.output),
@@ -63,11 +65,19 @@ def score_command(arguments: argparse.Namespace) -> int:
 
         write_json(Path(arguments.json), done.results)
     for line in done.said:
-        echo(line)
-    echo(results_table(done.results))
+        echo(printable(line))
+    for table in evaluation_tables(_report(done.results), rest="--json", most=SHOWN):
+        echo(table)
     for line in written:
         echo(line)
     return 0
+
+
+def _report(results: Mapping[str, Any]) -> dict[str, Any]:
+    """The results as a report of one run, as evaluation_tables takes it."""
+    label = str(results["model"])
+    splits = {name: {"runs": {label: found}, "comparisons": []} for name, found in results["splits"].items()}
+    return {"runs": {label: {}}, "benchmarks": {str(results["benchmark"]): splits}}
 
 
 def _target(words: list[str] | None) -> Path | None:
@@ -112,50 +122,3 @@ def _judge(url: str | None, model: str | None, output: str | None) -> Any:
     from vlm_dft.judge import Judge
 
     return Judge(url, str(model), (Path(output) if output else cache_root()) / "judge")
-
-
-def results_table(results: Mapping[str, Any]) -> Any:
-    """A rich table: per split and per value of each group the count, and both rules' accuracy ± standard error and abstentions."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), caption_justify="left",
-                  caption="accuracy in % ± standard error; none: responses that answer nothing")  # fmt: skip
-    table.add_column(f"{results['benchmark']}: {results['model']}", overflow="fold")
-    for column in ("n", "official", "none", "robust", "none"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for split, whole in results["splits"].items():
-        table.add_row(split, *_cells(whole), style="bold")
-        for group, values in whole["groups"].items():
-            if len(values) > SHOWN:
-                table.add_row(f"  {group}: {len(values)} values, in --json")
-                continue
-            for value, found in values.items():
-                table.add_row(f"  {group}: {value if len(value) <= WIDE else value[: WIDE - 1] + '…'}", *_cells(found))
-        for name, found in _shares(whole.get("extra") or {}):
-            table.add_row(f"  {name}", *_cells(found))
-    return table
-
-
-def _shares(extra: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(name, measured) of everything in a split's named metrics that has an accuracy."""
-    for name, found in extra.items():
-        if isinstance(found, Mapping) and name != "robust":
-            label = f"{above} {name}".strip()
-            if "accuracy" in found:
-                yield label, found
-            yield from _shares(found, label)
-
-
-def _cells(found: Mapping[str, Any]) -> list[str]:
-    """n, accuracy and abstentions by the official rule, then by the robust one."""
-    from vlm_dft.reporting import percent
-
-    cells = [
-        f"{found['count']:,}" if "count" in found else "",
-        percent(found["accuracy"], found.get("stderr")),
-        str(found.get("abstained", "")),
-    ]
-    if robust := found.get("robust"):
-        cells += [percent(robust["accuracy"], robust.get("stderr")), str(robust.get("abstained", ""))]
-    return cells
