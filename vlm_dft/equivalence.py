@@ -60,9 +60,14 @@ def equivalent(answer: str, gold: str, *, unit: str | None = None, precision: fl
     if not read or not wanted:
         return False
     try:
-        return _same(_as_set(read), _as_set(wanted), unit, None if precision is None else int(precision), 0)
+        return _same(_as_set(read), _as_set(wanted), unit, _places(precision), 0)
     except OverflowError:  # an exact number too large for floating-point, beside one that is not exact
         return False
+
+
+def _places(precision: float | None) -> int | None:
+    """Decimals as a record gives them, 1.0 as well; bounded, for a card's mistake must not hang."""
+    return None if precision is None or not -LONGEST_ANSWER < precision < LONGEST_ANSWER else int(precision)
 
 
 def is_mathematics(text: str) -> bool:
