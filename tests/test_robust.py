@@ -25,7 +25,8 @@ NUMBER = {"choices": None, "question_type": "free_form", "answer_type": "integer
 @pytest.mark.parametrize(
     "response",
     ["B", "(B)", "b.", r"\boxed{B}", r"$\boxed{\text{(B)}}$", "The answer is (B) green.", "green", "**Answer: Green**", "<answer>B</answer>",
-     "So the final answer is B: green", "Option B", r"\boxed{\text{green}}", "I thought of red first.\nAnswer: B", "Answer: (B)"],
+     "So the final answer is B: green", "Option B", r"\boxed{\text{green}}", "<answer>The answer is B</answer>", r"\boxed{\text{(B) green}}",
+     "I thought of red first.\nAnswer: B", "Answer: (B)"],
 )  # fmt: skip
 def test_a_letter_or_the_option_s_text_is_right_in_any_dress(response: str) -> None:
     score = score_robust(response, {**COLOURS, "gold_answer": "green"})  # MathVista's golds are the options' texts

@@ -38,6 +38,13 @@ DENIED = re.compile(
 )
 
 
+PREDICATE = re.compile(
+    r"(?:\b(?:is|be|are|therefore|thus|hence|so|in|by),?\s+|[是为為]\s?)[*\"'(]{0,3}([A-H])[*\"')]{0,3}\s*\Z",
+    re.IGNORECASE,
+)
+"""A letter that ends its sentence as what something is."""
+
+
 def option_letters(choices: Sequence[str] | None) -> str:
     """The letters that name an option."""
     return "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(choices)] if choices else LETTERS
@@ -66,7 +73,7 @@ def leading_letter(text: str, letters: str) -> str | None:
 
 def letters_named(text: str, letters: str) -> list[str]:
     """The letters a text names, in order: those it calls right, else in brackets, else after "option" and the like."""
-    for pattern in (CALLED, BRACKETED, NAMED):
+    for pattern in (CALLED, BRACKETED, NAMED, PREDICATE):
         named = [m[1].upper() for m in pattern.finditer(text) if m[1].upper() in letters]
         if named:
             return named
@@ -85,7 +92,9 @@ def option_pattern(choices: tuple[str, ...]) -> re.Pattern[str] | None:
     if not texts or sum(map(len, texts)) > 5_000:
         return None
     words = "|".join(re.escape(t).replace(r"\ ", r"\s+") for t in texts)
-    return re.compile(rf"(?<![\w.,/-])(?:{words})(?!\w|[.,/]\d)", re.IGNORECASE)
+    return re.compile(
+        rf"(?<![\w.,/^√-])(?<![a-z^]\{{)(?:{words})(?!\w|[.,/]\d|\s?(?:√|\\sqrt|\\pi|\^|\\frac))", re.IGNORECASE
+    )
 
 
 def options_quoted(text: str, choices: Sequence[str]) -> list[str]:
@@ -201,4 +210,16 @@ def judged_option(text: str, letters: str) -> str | None:
 
 
 LINE = re.compile(r"[\s*_#-]{0,8}(?:option\s)?\(?([A-H])\b[).:*]", re.IGNORECASE)
+OPTION = re.compile(r"\(?\b([A-H])[).:、]\s*")
 RIGHT = re.compile(r"\b(?:correct|right|true|matches)\b|[✓✔✅]|(?<!不)正确", re.IGNORECASE)
+
+
+def options_asked(question: str) -> list[str] | None:
+    r"""The options' texts where a question ends in a list "(A) ... (B) ...", "A:..\nB:..", "A. ..; B. .."; None where they are in the picture."""
+    marks = list(OPTION.finditer(question))
+    starts = [i for i, mark in enumerate(marks) if mark[1] == "A"]
+    marks = marks[starts[-1] :] if starts else []
+    marks = [mark for i, mark in enumerate(marks) if mark[1] == LETTERS[i : i + 1]]
+    ends = [mark.start() for mark in marks[1:]] + [len(question)]
+    texts = [question[mark.end() : end].strip(" \n,.;") for mark, end in zip(marks, ends, strict=False)]
+    return texts if len(texts) > 1 and all(texts) else None
