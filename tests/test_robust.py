@@ -132,6 +132,13 @@ def test_the_forms_that_benchmarks_ask_for_are_read(response: str, record: dict[
     assert score_robust(response, record).correct, score_robust(response, record)
 
 
+@pytest.mark.parametrize(
+    ("response", "gold"), [("The function has 3 zeros, at x = 6 and x = 8.", "3"), ("The value at x = 8 is 16.", "16")]
+)
+def test_a_sentence_with_an_equation_in_it_is_no_equation(response: str, gold: str) -> None:
+    assert score_robust(response, {**NUMBER, "gold_answer": gold}).correct
+
+
 def test_every_score_says_how_the_answer_was_found_and_compared() -> None:
     assert score_robust(r"\boxed{B}", {**PICTURED, "gold_answer": "B"}).rule == "boxed, letter"
     assert score_robust("The answer is 5.", {**NUMBER, "gold_answer": "5"}).rule == "announced, equivalent number"

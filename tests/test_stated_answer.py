@@ -72,6 +72,9 @@ NUMBERS: list[tuple[str, str | None, str | None]] = [
     ("To find the gap of these two people I need more information.", "What is the gap?", NONE),
     ("In 1990 there is no data, so we cannot determine the difference.", "What is the difference?", NONE),
     ("图中共有7个物体,其中3个是红色,因此剩下4个物体。", "How many objects are left?", "4"),
+    ("9 is the correct count, as A has 87 and B has 96.", NONE, "9"), ("It is not 69 but 25.", NONE, "25"),
+    ("Out of 54, 22 fit.", NONE, "22"), ("If you remove 93 from 167, you are left with 74.", NONE, "74"),
+    ("The value in 2001 was 32 units, and in 1987 it was 62.", NONE, "32"), ("I see 7 people: 4 men and 3 women.", NONE, "7"),
     ("no idea", NONE, NONE),
 ]  # fmt: skip
 

@@ -12,6 +12,9 @@ HEAD, TAIL = 8_000, 24_000
 SPAN = 400
 """Characters read of one statement."""
 
+LONG = 4_000
+"""Characters read of a sentence, from its end."""
+
 
 class Statement(NamedTuple):
     """What stands where an answer is stated, where it starts in the text, and the name of the place."""
@@ -148,7 +151,7 @@ def sentences(text: str) -> list[str]:
         if not (piece and (piece := piece.strip())):
             continue
         if found and found[-1].endswith(":") and len(found[-1]) < SPAN:
-            found[-1] += f" {piece}"
+            found[-1] += f"\n{piece}"
         else:
             found.append(piece)
     return found
@@ -246,5 +249,5 @@ def conclusions(text: str, question: str | None) -> list[str]:
         worth += (0.8 if reasoned else 0.35) if i == last else 0.2 if i == 0 and not reasoned else 0.0
         worth += 0.4 if i == last and ABSTAINS.search(part) else 0.0
         if not restates(part[:SPAN], whole):
-            scored.append((worth + 0.01 * i / len(parts), part))
+            scored.append((worth + 0.01 * i / len(parts), part[-LONG:]))
     return [part for _, part in sorted(scored, key=lambda one: -one[0])]
