@@ -208,11 +208,11 @@ def _expression_unannounced(text: str, asking: Asking) -> Extracted:
     if "=" in last and len(text) > SHORT:
         return Extracted(_written(last.rsplit("=", 1)[1].strip(" $"), asking), "last equation")
     found = _written_unannounced(text, asking)
-    said = PREDICATE.split(found.answer or "" if "=" not in last else "")
+    said = PREDICATE.split(found.answer or "")
     return Extracted(_expression(said[-1], asking), "what something is") if len(said) > 1 and said[-1] else found
 
 
-PREDICATE = re.compile(r"(?<=[a-z]{3})(?:\s+(?:is|are|equals)\s+|:\**\s+)")
+PREDICATE = re.compile(r"(?<=[a-z]{3})(?:\s+(?:is|are|equals)\s+|:\**\s+)|[是为為]\s?")
 """What stands between something and the value that it is said to have."""
 
 

@@ -29,7 +29,7 @@ FRACTION = re.compile(
 POWER = re.compile(r"(?<!10)(?<!10\s)\^\s?(?:\{[^{}]{0,12}\}|\\circ|\d)|[²³]")
 RESULT = re.compile(
     r"(?:=|≈|\\approx|(?<!\d):|\b(?:is|are|was|were|be|equals?|equal to|about|approximately|around|exactly|only|total of"
-    r"|has|have|had|contains?|shows?|gets?|got|sees?|counts?|finds?|found|left with|leaving|gives?|yields?|makes?|leaves?)\b|[是为為约約共有余餘得剩下到于於])[\s*_$\\(\[\"'{]{0,12}(?:USD?\s?)?[-+$€£¥\s]{0,4}$",
+    r"|has|have|had|contains?|shows?|gets?|got|sees?|counts?|finds?|found|left with|leaving|so|thus|hence|gives?|yields?|makes?|leaves?)\b|[是为為约約共有余餘得剩下到于於])[\s*_$\\(\[\"'{]{0,12}(?:USD?\s?)?[-+$€£¥\s]{0,4}$",
     re.IGNORECASE,
 )
 

@@ -39,7 +39,7 @@ DENIED = re.compile(
 
 
 PREDICATE = re.compile(
-    r"(?:\b(?:is|be|are|therefore|thus|hence|so|in|by),?\s+|[是为為]\s?)[*\"'(]{0,3}([A-H])[*\"')]{0,3}\s*\Z",
+    r"(?:(?:\b(?:is|be|are|therefore|thus|hence|so|in|by),?|['’]s)\s+|[是为為]\s?)[*\"'(]{0,3}([A-H])[*\"')]{0,3}\s*\Z",
     re.IGNORECASE,
 )
 """A letter that ends its sentence as what something is."""
@@ -161,6 +161,8 @@ def named_option(text: str, choices: Sequence[str] | None, *, bare: bool = True)
     if choices and (found := numeric_option(text, choices)):
         return found
     named = bare_letters(text, letters) if bare and not denied and not quoted else []
+    if len(set(named)) > 1:
+        named = bare_letters(main_clause(text), letters)
     return named[0] if len(set(named)) == 1 else None
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlm_dft.answers import Asking, Extracted, stated_in
-from vlm_dft.option_reading import DENIED, LETTERS, bare_letters, leading_letter, letters_named, options_asked
+from vlm_dft.option_reading import DENIED, LETTERS, bare_letters, leading_letter, letters_named, main_clause, options_asked
 from vlm_dft.statements import bare, conclusions, segments, settled, statements, without_listing
 from vlm_dft.verdicts import Score
 
@@ -121,5 +121,8 @@ def _set(text: str, question: str, *, announced: bool = False) -> str | None:
     kept = "; ".join(clause for clause in CLAUSE.split(SEVERAL.sub(" ", text)) if not DENIED.search(clause))
     if subject := SUBJECT.match(kept):
         return subject[1].upper()
-    named = list(dict.fromkeys(letters_named(kept, LETTERS) or bare_letters(kept, LETTERS)))
-    return named[0] if len(named) == 1 else None
+    for part in (kept, main_clause(kept)):
+        named = set(letters_named(part, LETTERS) or bare_letters(part, LETTERS))
+        if len(named) == 1:
+            return named.pop()
+    return None
