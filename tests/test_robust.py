@@ -132,9 +132,7 @@ def test_the_forms_that_benchmarks_ask_for_are_read(response: str, record: dict[
     assert score_robust(response, record).correct, score_robust(response, record)
 
 
-@pytest.mark.parametrize(
-    ("response", "gold"), [("It has 3 zeros.", "3"), ("The value at x = 8 is 16.", "16")]
-)
+@pytest.mark.parametrize(("response", "gold"), [("It has 3 zeros.", "3"), ("The value at x = 8 is 16.", "16")])
 def test_a_sentence_with_an_equation_in_it_is_no_equation(response: str, gold: str) -> None:
     assert score_robust(response, {**NUMBER, "gold_answer": gold}).correct
 

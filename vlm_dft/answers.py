@@ -121,7 +121,7 @@ def _choice_unannounced(text: str, asking: Asking) -> Extracted:
     if letter := leading_letter(text, letters) or (_alone_leading(text, choices) if choices else None):
         return Extracted(letter, "leading option")
     for part in conclusions(text, asking.question)[:3]:
-        found = named_option(part, choices, bare=False)
+        found = named_option(part, choices, bare=not choices)
         if found and not (DENIED.search(part) and leading_letter(part, letters)):
             return Extracted(found, "concluding sentence")
         if ABSTAINS.search(part):
@@ -182,7 +182,7 @@ def _list_unannounced(text: str, asking: Asking) -> Extracted:
 
 
 def _written(text: str, asking: Asking) -> str | None:
-    return text.strip(" *_`\"'").rstrip(".").strip() or None
+    return text.strip(" *_`\"'").rstrip(".。").strip() or None
 
 
 MATH = re.compile(r"\$\$?([^$]{1,300})\$|\\\(([^$]{1,300}?)\\\)")

@@ -29,7 +29,8 @@ FRACTION = re.compile(
 POWER = re.compile(r"(?<!10)(?<!10\s)\^\s?(?:\{[^{}]{0,12}\}|\\circ|\d)|[²³]")
 RESULT = re.compile(
     r"(?:=|≈|\\approx|(?<!\d):|\b(?:is|are|was|were|be|equals?|equal to|about|approximately|around|exactly|only|total of"
-    r"|has|have|had|contains?|shows?|gets?|got|sees?|counts?|finds?|found|left with|leaving|so|thus|hence|gives?|yields?|makes?|leaves?)\b|[是为為约約共有余餘得剩下到于於])[\s*_$\\(\[\"'{]{0,12}(?:USD?\s?)?[-+$€£¥\s]{0,4}$",
+    r"|has|have|had|contains?|shows?|gets?|got|sees?|counts?|finds?|found|left with"
+    r"|leaving|so|thus|hence|gives?|yields?|makes?|leaves?)\b|[是为為约約共有余餘得剩下到于於])[\s*_$\\(\[\"'{]{0,12}(?:USD?\s?)?[-+$€£¥\s]{0,4}$",
     re.IGNORECASE,
 )
 
@@ -47,7 +48,7 @@ ASIDE = re.compile(
 OTHER = re.compile(r"(?:\b(?:out of|not|than)|n't|不是)\s?[\s*_$]{0,4}$", re.IGNORECASE)
 """Before a number that is another than the result."""
 
-SUBJECT = re.compile(r"[\s*_$]{0,6}(?:[^\W\d_]+\s+)?(?:is|are|was)\s+(?:the|your|what|how)\b", re.IGNORECASE)
+SUBJECT = re.compile(r"[\s*_$]{0,6}(?:[^\W\d_]+\s+)?(?:is|are|was|were)\s+(?:the|your|what|how|in|on)\b", re.IGNORECASE)
 """After a number that begins a sentence about it: "9 apples is the ..."."""
 
 
@@ -113,7 +114,9 @@ def stated_number(text: str, asked: Collection[str] = ()) -> str | None:
     text = plain_numbers(text)
     numbers = numbers_in(text)
     numbers = [n for n in numbers if not OTHER.search(text, max(0, n.start - 12), n.start)] or numbers
-    if numbers and (len(numbers) == 1 and not asked or numbers[0].text not in asked and _is_subject(text, numbers[0])):
+    if numbers and (
+        (len(numbers) == 1 and not asked) or (numbers[0].text not in asked and _is_subject(text, numbers[0]))
+    ):
         return numbers[0].text
     for results, new, word in PREFERENCES:
         fit = [n for n in numbers if n.word == word and (n.result or not results) and (n.text not in asked or not new)]

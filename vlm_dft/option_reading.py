@@ -20,15 +20,22 @@ CALLED = re.compile(
 )
 BRACKETED = re.compile(r"[(\[]\s?\**([A-Za-z])\**\s?[.:]?\s?[)\]]")
 KINDS = "options? choices? answers? letter figure diagram picture image set statement cube box".replace(" ", "|")
-NAMED = re.compile(rf"(?:\b(?:{KINDS})\s+[*\"'(\[]{{0,3}}|选项?\s?|答案\s?)([A-Z])(?![A-Za-z]|[-'’]\w)", re.IGNORECASE)
+NAMED = re.compile(
+    rf"(?:\b(?:{KINDS})\s+[*\"'(\[]{{0,3}}|选项?\s?|答案\s?)([A-Z])(?![A-Za-z]|[-'’]\w|\s?(?:,|and|or|&)\s?(?-i:[A-H])\b)",
+    re.IGNORECASE,
+)
+ITEM = re.compile(r"(?<![A-Za-z])([A-Z])\s?(?:选项|選項|项)")
 LEADING = re.compile(
-    r"[({\[]?\s?([A-Za-z])\s?(?:[)\]}]|[.:,、;](?=\s|$|[^\x00-\x7f])|[:.]?\*\*|$|\s?[-=–—]\s|(?=[\u4e00-\u9fff]))"
+    r"[({\[]?\s?([A-Za-z])\s?(?:[)\]}]|[.:,、;](?=\s|$|[^\x00-\x7f])|[:.]?\*\*|$|\s?[-–—]\s|(?=[\u4e00-\u9fff]))"
 )
 REFUSED = re.compile(r"\b(?:not|nor|neither|never)\s+(?:an?\s+|the\s+|be\s+)?[(\"']?$", re.IGNORECASE)
 PREFIX = re.compile(
     r"(?:the\s+)?(?:correct\s+)?(?:option|choice|answer|letter|选项?)\s*:?\s*(?=[(\[*\"'A-Z])", re.IGNORECASE
 )
-BARE = re.compile(r"(?<![\w'’\\/^_+=-])(?<!\b[A-Z] )([A-Z])(?![\w'’^_/+=(]|-\w| [A-Z]\b| ?[=+])")
+BARE = re.compile(
+    r"(?<![\w'’\\/^_+=-])(?<!\b[A-Z] )(?<!angle )(?<!point )(?<!line )(?<!side )"
+    r"([A-Z])(?![\w'’^_/+=(]|-\w| [A-Z]\b| ?[=+])"
+)
 ARTICLE = re.compile(r"A\s+(?!is\b|was\b|has\b|and\b|or\b|because\b|since\b)[a-z]|I\s+[a-z']")
 SEVERAL = re.compile(r"[({\[]?\s?[A-H]\s?[)\]}]?\s?(?:,|and|or|&|/|或|和)\s?(?:and |or )?[({\[]?\s?[A-H]\b(?![a-z])")
 DENIED = re.compile(
@@ -73,7 +80,7 @@ def leading_letter(text: str, letters: str) -> str | None:
 
 def letters_named(text: str, letters: str) -> list[str]:
     """The letters a text names, in order: those it calls right, else in brackets, else after "option" and the like."""
-    for pattern in (CALLED, BRACKETED, NAMED, PREDICATE):
+    for pattern in (CALLED, BRACKETED, NAMED, ITEM, PREDICATE):
         named = [m[1].upper() for m in pattern.finditer(text) if m[1].upper() in letters]
         if named:
             return named
@@ -85,6 +92,9 @@ def bare_letters(text: str, letters: str) -> list[str]:
     return [m[1] for m in BARE.finditer(text) if m[1] in letters and not ARTICLE.match(text, m.start())]
 
 
+_NOT_LETTER = (r"(?<![^\W\u4e00-\u9fff])", r"(?![^\W\u4e00-\u9fff])")  # words of Chinese have no spaces
+
+
 @lru_cache(1024)
 def option_pattern(choices: tuple[str, ...]) -> re.Pattern[str] | None:
     """Finds any option's text as whole words, the longest first."""
@@ -93,7 +103,8 @@ def option_pattern(choices: tuple[str, ...]) -> re.Pattern[str] | None:
         return None
     words = "|".join(re.escape(t).replace(r"\ ", r"\s+") for t in texts)
     return re.compile(
-        rf"(?<![\w.,/^√-])(?<![a-z^]\{{)(?:{words})(?!\w|[.,/]\d|\s?(?:√|\\sqrt|\\pi|\^|\\frac))", re.IGNORECASE
+        rf"(?<![.,/^√-]){_NOT_LETTER[0]}(?<![a-z^]\{{)(?:{words}){_NOT_LETTER[1]}(?![.,/]\d|\s?(?:√|\\sqrt|\\pi|\^|\\frac))",
+        re.IGNORECASE,
     )
 
 

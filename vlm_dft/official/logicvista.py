@@ -7,7 +7,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlm_dft.answers import Asking, Extracted, stated_in
-from vlm_dft.option_reading import DENIED, LETTERS, bare_letters, leading_letter, letters_named, main_clause, options_asked
+from vlm_dft.option_reading import (
+    DENIED,
+    LETTERS,
+    bare_letters,
+    leading_letter,
+    letters_named,
+    main_clause,
+    options_asked,
+)
 from vlm_dft.statements import bare, conclusions, segments, settled, statements, without_listing
 from vlm_dft.verdicts import Score
 
@@ -18,12 +26,6 @@ _ONE = r"\(?(?<![A-Za-z0-9_])[A-H](?![A-Za-z0-9_])\)?"
 SEVERAL = re.compile(rf"{_ONE}(?:(?:\s?[,、]\s?(?:and|or)?|\s?&|\s+and|\s+or|\s?[和与及])\s*{_ONE}(?!['’]))+")
 LETTER = re.compile(r"[A-H]")
 CLAUSE = re.compile(r"[,;]\s")
-LIST_MARK = re.compile(r"(?m)^\s*\d{1,2}[.)]\s+")
-SUBJECT = re.compile(
-    r"(?:(?:option|figure|diagram|set|choice|box|situation)s?\s+)?([A-H])\s+"
-    r"(?:is|has|was|will|would|does|shows|represents|fits|completes|matches|corresponds)\b",
-    re.IGNORECASE,
-)
 
 
 def score_logicvista(response: str, sample: Mapping[str, Any]) -> Score:
@@ -54,7 +56,7 @@ def logicvista_extraction(response: str, sample: Mapping[str, Any]) -> Extracted
     question = str(sample.get("question") or "")
     found = Extracted(None, "no letter chosen")
     for text in reversed(segments(settled(entry), question)):
-        found = _chosen(without_listing(LIST_MARK.sub("\n", text)).strip(), question)
+        found = _chosen(without_listing(text).strip(), question)
         if found.answer:
             break
     if not found.answer and len(entry) == 1:
@@ -119,8 +121,6 @@ def _set(text: str, question: str, *, announced: bool = False) -> str | None:
     if not SEVERAL.match(text) and (letter := leading_letter(text, LETTERS)) and (announced or not DENIED.search(text)):
         return letter
     kept = "; ".join(clause for clause in CLAUSE.split(SEVERAL.sub(" ", text)) if not DENIED.search(clause))
-    if subject := SUBJECT.match(kept):
-        return subject[1].upper()
     for part in (kept, main_clause(kept)):
         named = set(letters_named(part, LETTERS) or bare_letters(part, LETTERS))
         if len(named) == 1:
