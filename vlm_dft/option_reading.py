@@ -92,7 +92,10 @@ def bare_letters(text: str, letters: str) -> list[str]:
     return [m[1] for m in BARE.finditer(text) if m[1] in letters and not ARTICLE.match(text, m.start())]
 
 
-_NOT_LETTER = (r"(?<![^\W\u4e00-\u9fff])", r"(?![^\W\u4e00-\u9fff])")  # words of Chinese have no spaces
+_NOT_LETTER = (
+    r"(?<![A-Za-z0-9_])",
+    r"(?![A-Za-z0-9_])",
+)  # Chinese has no spaces between words; its range is slow to compile
 
 
 @lru_cache(1024)
