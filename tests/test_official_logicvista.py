@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlm_dft.official.logicvista import logicvista_extraction, options_asked, score_extraction, score_logicvista
+from vlm_dft.official.logicvista import logicvista_extraction, score_extraction, score_logicvista
+from vlm_dft.option_reading import options_asked
 
 QUESTION = "Which one cools first? Select from A, B, C and D. (A) Wood in water, (B) Steel (C) True (D) 7.3%"
 
@@ -62,6 +63,7 @@ def test_no_family_of_models_is_read_worse(same: list[tuple[dict[str, Any], bool
         ("Only two of them (B and D) turn.", "B, D", "concluding sentence"), ("A is correct. The rest is not.", "A", "concluding sentence"),
         ("B and C complete the pattern.", "B, C", "concluding sentence"), ("The door closes slower (A)", "A", "concluding sentence"),
         ("1. Set A: It belongs to Set A.\n2. Set B: It does not belong to Set B.", "A", "concluding sentence"),
+        ("The answers are **B** and **D**.", "B, D", "announced"), ("答案是B和D", "B, D", "announced"),
         ("It could be A or B.", "zzzzz", "no option stated"), ("7.3%\n\nThis is a rise.", "D", "leading option"), ("answer : yes", "C", "announced"),
         ("A) 1\nB) 2\nC) 3", "zzzzz", "no option stated"), ("Based on the image, " + QUESTION.lower() + " answer: steel", "B", "announced"),
     ],
@@ -92,6 +94,8 @@ def test_choosing_nothing_is_an_abstention() -> None:
 
 def test_the_options_of_a_question_are_read() -> None:
     assert options_asked(QUESTION) == ["Wood in water", "Steel", "True", "7.3%"]
+    assert options_asked("Area?\nChoices:\nA:3\nB:4 cm") == ["3", "4 cm"]  # MathVerse
+    assert options_asked("Area? A. 4; B. 6; C. 8") == ["4", "6", "8"]  # We-Math
     assert options_asked("Which? Select from A, B and C. (A) (B) (C)") is None
 
 

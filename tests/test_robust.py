@@ -25,7 +25,8 @@ NUMBER = {"choices": None, "question_type": "free_form", "answer_type": "integer
 @pytest.mark.parametrize(
     "response",
     ["B", "(B)", "b.", r"\boxed{B}", r"$\boxed{\text{(B)}}$", "The answer is (B) green.", "green", "**Answer: Green**", "<answer>B</answer>",
-     "So the final answer is B: green", "Option B", r"\boxed{\text{green}}", "I thought of red first.\nAnswer: B", "Answer: (B)"],
+     "So the final answer is B: green", "Option B", r"\boxed{\text{green}}", "<answer>The answer is B</answer>", r"\boxed{\text{(B) green}}",
+     "I thought of red first.\nAnswer: B", "Answer: (B)"],
 )  # fmt: skip
 def test_a_letter_or_the_option_s_text_is_right_in_any_dress(response: str) -> None:
     score = score_robust(response, {**COLOURS, "gold_answer": "green"})  # MathVista's golds are the options' texts
@@ -129,6 +130,11 @@ def test_free_answers_are_right_when_they_mean_the_gold(response: str, record: d
 )  # fmt: skip
 def test_the_forms_that_benchmarks_ask_for_are_read(response: str, record: dict[str, Any]) -> None:
     assert score_robust(response, record).correct, score_robust(response, record)
+
+
+@pytest.mark.parametrize(("response", "gold"), [("It has 3 zeros.", "3"), ("The value at x = 8 is 16.", "16")])
+def test_a_sentence_with_an_equation_in_it_is_no_equation(response: str, gold: str) -> None:
+    assert score_robust(response, {**NUMBER, "gold_answer": gold}).correct
 
 
 def test_every_score_says_how_the_answer_was_found_and_compared() -> None:

@@ -70,6 +70,26 @@ def test_a_sample_without_a_gold_answer_is_an_error_and_not_a_wrong_answer(rule:
         score_response("Answer: 5", sample, benchmark="drawn", rule=rule)
 
 
+@pytest.mark.parametrize("rule", ["official", "robust"])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("choices", ["1", None]), ("choices", {"A": "1"}), ("choices", "AB"), ("question", ["?"]), ("unit", 3),
+     ("precision", float("nan")), ("precision", 10**9)],
+)  # fmt: skip
+def test_a_value_that_is_none_of_its_key_is_an_error_that_says_so(rule: str, key: str, value: Any) -> None:
+    with pytest.raises(RowError, match=f"A sample's '{key}' must be .*, found"):
+        score_response("1", {"gold_answer": "1", key: value}, benchmark="mathvista", rule=rule)
+
+
+@pytest.mark.parametrize("benchmark", list(RULES["official"]))
+def test_options_that_are_numbers_are_their_text(benchmark: str) -> None:
+    sample = {"question_type": "multi_choice", "answer_type": "multiple choice", "gold_answer": 4}
+    found = [
+        score_response("(B)", {**sample, "choices": choices}, benchmark=benchmark) for choices in ((3, 4), ["3", "4"])
+    ]
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize(("response", "kind"), [(None, "NoneType"), (5, "int"), (b"5", "bytes"), (["5"], "list")])
 def test_a_response_that_is_no_text_is_an_error_that_says_so(response: Any, kind: str) -> None:
     with pytest.raises(TypeError, match=f"must be text .str., found {kind}. Pass the decoded text"):

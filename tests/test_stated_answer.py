@@ -29,7 +29,12 @@ CHOICES: list[tuple[str, list[str] | None, str | None]] = [
     ("So x is about 21.\n\nC", NONE, "C"), ("La réponse est B.", NONE, "B"),
     ("答案：C", NONE, "C"), ("答案是B", NONE, "B"), ("故选：B。", NONE, "B"), ("所以，正确答案是选项D。", NONE, "D"),
     ("【答案】C", NONE, "C"), ("所以∠D的度数为D。", ANGLES, "D"), ("此题选择B选项。", NONE, "B"), ("∠D的度数是60°，选项B正确。", ANGLES, "B"),
+    ("Therefore, C.", NONE, "C"), ("The shape is a white circle, as shown in B.", NONE, "B"), ("綜上所述，答案為C", NONE, "C"),
+    ("Ｃ", NONE, "C"), ("It can't be A or C. It must be B.", NONE, "B"), ("It cannot be determined.", NONE, NONE),
+    ("The missing one is D, because A has too many dots and B too few.", NONE, "D"), ("I believe it's D.", NONE, "D"),
+    ("Looking at options A, B and C, none stands out.", NONE, NONE), ("综上，D项符合。", NONE, "D"), ("颜色是green。", COLOURS, "B"),
     # the option's text, or its number
+    ("The length is 5√3.", ["5", "7"], NONE), ("Green absorbs it, so the color is blue (C).", COLOURS, "C"),
     ("Green.", COLOURS, "B"), ("The color is green.", COLOURS, "B"), ("Therefore, x = 60.", ANGLES, "C"),
     ("So the measure is $60^{\\circ}$.", ANGLES, "C"), ("10 + 10 + 10 + 10 = 40.", ["10", "40"], "B"),
     ("The length is 3.0.", ["1", "2", "3"], "C"),
@@ -69,6 +74,11 @@ NUMBERS: list[tuple[str, str | None, str | None]] = [
     ("There are no red cars left.", "How many objects are left?", "0"),
     ("To find the gap of these two people I need more information.", "What is the gap?", NONE),
     ("In 1990 there is no data, so we cannot determine the difference.", "What is the difference?", NONE),
+    ("图中共有7个物体,其中3个是红色,因此剩下4个物体。", "How many objects are left?", "4"),
+    ("9 is the correct count, as A has 87 and B has 96.", NONE, "9"), ("It is not 69 but 25.", NONE, "25"),
+    ("Out of 54, 22 fit.", NONE, "22"), ("If you remove 93 from 167, you are left with 74.", NONE, "74"),
+    ("The value in 2001 was 32 units, and in 1987 it was 62.", NONE, "32"), ("I see 7 people: 4 men and 3 women.", NONE, "7"),
+    ("There are 3 men and 4 women, so 7 in total.", NONE, "7"), ("**7** people are in the image: 3 men, 4 women.", NONE, "7"),
     ("no idea", NONE, NONE),
 ]  # fmt: skip
 
@@ -77,7 +87,10 @@ WRITTEN: list[tuple[Kind, str, str | None]] = [
     ("expression", "The answer is $x^2 + 1$ for every x.", "x^2 + 1"), ("text", "<answer>red car</answer>", "red car"),
     ("text", "Answer: quarter past three.", "quarter past three"), ("text", "7:30 PM", "7:30 PM"),
     ("text", "Long. " * 30, NONE), ("list", "The list is [1, 2, 3].", "[1, 2, 3]"), ("list", "The answer is 1, 2, 3.", "[1, 2, 3]"),
-    ("list", "none", NONE),
+    ("list", "none", NONE), ("expression", r"\boxed{3\sqrt{3} \text{ cm}^2}", r"3\sqrt{3} \text{ cm}^2"),
+    ("expression", r"\boxed{\begin{pmatrix} 1 \\ 2 \end{pmatrix}}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"),
+    ("expression", r"The area is \(25\pi\) square centimeters.", r"25\pi"), ("expression", "The fraction is 3/4.", "3/4"),
+    ("expression", "所以直线方程为 y = 2x + 1。", "y = 2x + 1"),
 ]  # fmt: skip
 
 

@@ -70,7 +70,7 @@ def stated_answer(
     follows where the model ran on into a further question. Of a response longer than 32,000 characters, the first
     8,000 and the last 24,000 are read.
     """
-    text = settled(finished(response))
+    text = settled(finished(response), latex=kind in ("text", "expression"))
     if not text:
         return Extracted(None, "unfinished thought" if response.strip() else "empty response")
     found = Extracted(None, "no answer stated")
@@ -121,16 +121,24 @@ def _choice_unannounced(text: str, asking: Asking) -> Extracted:
         return Extracted(same, "option's text")
     if letter := judged_option(text, letters):
         return Extracted(letter, "called right")
-    if letter := leading_letter(text, letters) or (leading_option(text, choices) if choices else None):
+    if letter := leading_letter(text, letters) or (_alone_leading(text, choices) if choices else None):
         return Extracted(letter, "leading option")
     for part in conclusions(text, asking.question)[:3]:
-        found = named_option(part, choices, bare=False)
+        found = named_option(part, choices, bare=not choices)
         if found and not (DENIED.search(part) and leading_letter(part, letters)):
             return Extracted(found, "concluding sentence")
         if ABSTAINS.search(part):
             return Extracted(None, "abstains")
     named = set(letters_named(text, letters)) or set(options_quoted(text, choices) if choices else "")
     return Extracted(named.pop(), "only option") if len(named) == 1 else Extracted(None, "no option stated")
+
+
+def _alone_leading(text: str, choices: list[str]) -> str | None:
+    """The option a text begins with, unless its first sentence goes on to name another in brackets or in words."""
+    letter = leading_option(text, choices)
+    first = (sentences(text) or [""])[0]
+    others = {*letters_named(first, option_letters(choices)), *options_quoted(first, choices)} - {letter}
+    return letter if not others else None
 
 
 def _number(text: str, asking: Asking) -> str | None:
@@ -177,7 +185,7 @@ def _list_unannounced(text: str, asking: Asking) -> Extracted:
 
 
 def _written(text: str, asking: Asking) -> str | None:
-    return text.strip(" *_`\"'").rstrip(".").strip() or None
+    return text.strip(" *_`\"'").rstrip(".。").strip() or None
 
 
 MATH = re.compile(r"\$\$?([^$]{1,300})\$|\\\(([^$]{1,300}?)\\\)")
@@ -199,10 +207,16 @@ def _written_unannounced(text: str, asking: Asking) -> Extracted:
 
 
 def _expression_unannounced(text: str, asking: Asking) -> Extracted:
-    last = sentences(text)[-1:]
-    if last and "=" in last[0] and len(text) > SHORT:
-        return Extracted(_written(last[0].rsplit("=", 1)[1].strip(" $"), asking), "last equation")
-    return _written_unannounced(text, asking)
+    last = (sentences(text) or [""])[-1]
+    if "=" in last and len(text) > SHORT:
+        return Extracted(_written(last.rsplit("=", 1)[1].strip(" $"), asking), "last equation")
+    found = _written_unannounced(text, asking)
+    said = PREDICATE.split(found.answer or "")
+    return Extracted(_expression(said[-1], asking), "what something is") if len(said) > 1 and said[-1] else found
+
+
+PREDICATE = re.compile(r"(?<=[a-z]{3})(?:\s+(?:is|are|equals)\s+|:\**\s+)|[是为為]\s?")
+"""What stands between something and the value that it is said to have."""
 
 
 READERS: dict[str, Callable[[str, Asking], str | None]] = {

@@ -43,6 +43,8 @@ _MEMBER = re.compile(r"[a-zA-Z]\s*\\in(?![a-zA-Z])\s*")
 _JOINT = re.compile(r"\s*,?\s+(?:and|or)\s+", re.IGNORECASE)
 _UNIT_BEHIND = re.compile(r"(.*(?:[\d)}]|\\pi(?= )))\s*\b([a-zA-Z]+(?:\s*\^\s*\{?[23]\}?)?)", re.DOTALL)
 _WORDS_BEHIND = re.compile(r"(.*(?:[\d)}]|\\pi))((?:\s+[a-zA-Z]{2,})+(?:\s*\^\s*\{?[23]\}?)?)", re.DOTALL)
+_PROSE = re.compile(r"(?:^|[\s(])(?!(?:sin|cos|tan|log|ln|sqrt|pi)\b)[a-z]{2,}\s+[\d(]")  # "82 is 67", not "2 sin (x)"
+_COUNTED = re.compile(r"\d\s+[a-zA-Z]{3,}")
 _POINTS = tuple(
     {i: ((i * 0.7548776662466927 + k * 0.5698402909980532) % 1) * 2.2 + 0.35 for i in range(12)} for k in range(1, 4)
 )
@@ -60,16 +62,24 @@ def equivalent(answer: str, gold: str, *, unit: str | None = None, precision: fl
     if not read or not wanted:
         return False
     try:
-        return _same(_as_set(read), _as_set(wanted), unit, None if precision is None else int(precision), 0)
+        return _same(_as_set(read), _as_set(wanted), unit, _places(precision), 0)
     except OverflowError:  # an exact number too large for floating-point, beside one that is not exact
         return False
+
+
+def _places(precision: float | None) -> int | None:
+    """Decimals as a record gives them, 1.0 as well; bounded, for a card's mistake must not hang."""
+    return None if precision is None or not -LONGEST_ANSWER < precision < LONGEST_ANSWER else int(precision)
 
 
 def is_mathematics(text: str) -> bool:
     """Whether a text is one quantity or expression as a whole, and no prose with a number in it."""
     if len(text) > LONGEST:
         return False
-    text = _without_unit(_EQUALS.split(latex_text(text))[-1].strip())
+    *names, text = _EQUALS.split(latex_text(text))
+    if _PROSE.search(text) or any(_COUNTED.search(name) for name in names):
+        return False
+    text = _without_unit(text.strip())
     return read_quantity(text) is not None or read_expression(text) is not None
 
 

@@ -35,6 +35,8 @@ _SAME = (
     (re.compile(r"\{\s*([,.])\s*\}"), r"\1"),  # 1{,}234
     (re.compile(r"(?<=[\d\s)])(?<!\} )\{\s*([a-zA-Z][a-zA-Z ]*)\s*\}"), r" \1 "),  # 2.5{cm}
     (re.compile(r"\*\*"), "^"),
+    (re.compile(r"(?<!\\)\$([^$]*[\\^][^$]*)(?<!\\)\$"), r"\1"),  # a formula among words; its first dollar is no money
+    (re.compile(r"(?<![\\a-zA-Z])pi(?![a-zA-Z])"), r"\\pi "),
     (re.compile(r"\s+"), " "),
 )  # fmt: skip
 

@@ -29,7 +29,8 @@ FRACTION = re.compile(
 POWER = re.compile(r"(?<!10)(?<!10\s)\^\s?(?:\{[^{}]{0,12}\}|\\circ|\d)|[²³]")
 RESULT = re.compile(
     r"(?:=|≈|\\approx|(?<!\d):|\b(?:is|are|was|were|be|equals?|equal to|about|approximately|around|exactly|only|total of"
-    r"|has|have|had|contains?|shows?|gets?|gives?|yields?|makes?|leaves?)\b)[\s*_$\\(\[\"'{]{0,12}(?:USD?\s?)?[-+$€£¥\s]{0,4}$",
+    r"|has|have|had|contains?|shows?|gets?|got|sees?|counts?|finds?|found|left with"
+    r"|leaving|so|thus|hence|gives?|yields?|makes?|leaves?)\b|[是为為约約共有余餘得剩下到于於])[\s*_$\\(\[\"'{]{0,12}(?:USD?\s?)?[-+$€£¥\s]{0,4}$",
     re.IGNORECASE,
 )
 
@@ -38,10 +39,17 @@ OPERATOR = re.compile(r"[^\W\d_]{0,3}[\s)]{0,3}(?:[+*/×÷−=]|\\(?:times|cdot|
 """What shows that a number before it is not yet the result."""
 
 ASIDE = re.compile(
-    r",? and (?:the|its|his|her|their)\b|,? (?:while|whereas|since|because)\b|, (?:which|with|as|where|compared)\b|:\s",
+    r",? and (?:the|its|his|her|their|in)\b|,? (?:while|whereas|since|because)\b|, (?:which|with|as|where|compared)\b|:[ \t]",
     re.IGNORECASE,
 )
 """Where a sentence goes on after its result."""
+
+
+OTHER = re.compile(r"(?:\b(?:out of|not|than)|n't|不是)\s?[\s*_$]{0,4}$", re.IGNORECASE)
+"""Before a number that is another than the result."""
+
+SUBJECT = re.compile(r"[\s*_$]{0,6}(?:[^\W\d_]+\s+)?(?:is|are|was|were)\s+(?:the|your|what|how|in|on)\b", re.IGNORECASE)
+"""After a number that begins a sentence about it: "9 apples is the ..."."""
 
 
 class Number(NamedTuple):
@@ -83,6 +91,10 @@ def numbers_in(text: str) -> list[Number]:
     return [Number(_tidy(m), _is_result(text, m), bool(m["word"]), m.start(), m.end()) for m in NUMBER.finditer(text)]
 
 
+def _is_subject(text: str, number: Number) -> bool:
+    return not any(map(str.isalnum, text[: number.start])) and SUBJECT.match(text, number.end) is not None
+
+
 def _is_result(text: str, found: re.Match[str]) -> bool:
     start = found.start("word" if found["word"] else "digits")
     return bool(RESULT.search(text, max(0, start - 40), start)) and not OPERATOR.match(text, found.end())
@@ -101,7 +113,10 @@ def stated_number(text: str, asked: Collection[str] = ()) -> str | None:
     """
     text = plain_numbers(text)
     numbers = numbers_in(text)
-    if len(numbers) == 1 and not asked:
+    numbers = [n for n in numbers if not OTHER.search(text, max(0, n.start - 12), n.start)] or numbers
+    if numbers and (
+        (len(numbers) == 1 and not asked) or (numbers[0].text not in asked and _is_subject(text, numbers[0]))
+    ):
         return numbers[0].text
     for results, new, word in PREFERENCES:
         fit = [n for n in numbers if n.word == word and (n.result or not results) and (n.text not in asked or not new)]

@@ -23,15 +23,22 @@ CALLED = re.compile(
 )
 BRACKETED = re.compile(r"[(\[]\s?\**([A-Za-z])\**\s?[.:]?\s?[)\]]")
 KINDS = "options? choices? answers? letter figure diagram picture image set statement cube box".replace(" ", "|")
-NAMED = re.compile(rf"(?:\b(?:{KINDS})\s+[*\"'(\[]{{0,3}}|选项?\s?|答案\s?)([A-Z])(?![A-Za-z]|[-'’]\w)", re.IGNORECASE)
+NAMED = re.compile(
+    rf"(?:\b(?:{KINDS})\s+[*\"'(\[]{{0,3}}|选项?\s?|答案\s?)([A-Z])(?![A-Za-z]|[-'’]\w|\s?(?:,|and|or|&)\s?(?-i:[A-H])\b)",
+    re.IGNORECASE,
+)
+ITEM = re.compile(r"(?<![A-Za-z])([A-Z])\s?(?:选项|選項|项)")
 LEADING = re.compile(
-    r"[({\[]?\s?([A-Za-z])\s?(?:[)\]}]|[.:,、;](?=\s|$|[^\x00-\x7f])|[:.]?\*\*|$|\s?[-=–—]\s|(?=[\u4e00-\u9fff]))"
+    r"[({\[]?\s?([A-Za-z])\s?(?:[)\]}]|[.:,、;](?=\s|$|[^\x00-\x7f])|[:.]?\*\*|$|\s?[-–—]\s|(?=[\u4e00-\u9fff]))"
 )
 REFUSED = re.compile(r"\b(?:not|nor|neither|never)\s+(?:an?\s+|the\s+|be\s+)?[(\"']?$", re.IGNORECASE)
 PREFIX = re.compile(
     r"(?:the\s+)?(?:correct\s+)?(?:option|choice|answer|letter|选项?)\s*:?\s*(?=[(\[*\"'A-Z])", re.IGNORECASE
 )
-BARE = re.compile(r"(?<![\w'’\\/^_+=-])(?<!\b[A-Z] )([A-Z])(?![\w'’^_/+=(]|-\w| [A-Z]\b| ?[=+])")
+BARE = re.compile(
+    r"(?<![\w'’\\/^_+=-])(?<!\b[A-Z] )(?<!angle )(?<!point )(?<!line )(?<!side )"
+    r"([A-Z])(?![\w'’^_/+=(]|-\w| [A-Z]\b| ?[=+])"
+)
 ARTICLE = re.compile(r"A\s+(?!is\b|was\b|has\b|and\b|or\b|because\b|since\b)[a-z]|I\s+[a-z']")
 SEVERAL = re.compile(r"[({\[]?\s?[A-H]\s?[)\]}]?\s?(?:,|and|or|&|/|或|和)\s?(?:and |or )?[({\[]?\s?[A-H]\b(?![a-z])")
 DENIED = re.compile(
@@ -39,6 +46,13 @@ DENIED = re.compile(
     r"|unlike|except|instead of|rather than)\b|错误|不正确|排除",
     re.IGNORECASE,
 )
+
+
+PREDICATE = re.compile(
+    r"(?:(?:\b(?:is|be|are|therefore|thus|hence|so|in|by),?|['’]s)\s+|[是为為]\s?)[*\"'(]{0,3}([A-H])[*\"')]{0,3}\s*\Z",
+    re.IGNORECASE,
+)
+"""A letter that ends its sentence as what something is."""
 
 
 def option_letters(choices: Sequence[str] | None) -> str:
@@ -69,7 +83,7 @@ def leading_letter(text: str, letters: str) -> str | None:
 
 def letters_named(text: str, letters: str) -> list[str]:
     """The letters a text names, in order: those it calls right, else in brackets, else after "option" and the like."""
-    for pattern in (CALLED, BRACKETED, NAMED):
+    for pattern in (CALLED, BRACKETED, NAMED, ITEM, PREDICATE):
         named = [m[1].upper() for m in pattern.finditer(text) if m[1].upper() in letters]
         if named:
             return named
@@ -81,6 +95,12 @@ def bare_letters(text: str, letters: str) -> list[str]:
     return [m[1] for m in BARE.finditer(text) if m[1] in letters and not ARTICLE.match(text, m.start())]
 
 
+_NOT_LETTER = (
+    r"(?<![A-Za-z0-9_])",
+    r"(?![A-Za-z0-9_])",
+)  # Chinese has no spaces between words; its range is slow to compile
+
+
 @lru_cache(1024)
 def option_pattern(choices: tuple[str, ...]) -> re.Pattern[str] | None:
     """Finds any option's text as whole words, the longest first."""
@@ -88,7 +108,10 @@ def option_pattern(choices: tuple[str, ...]) -> re.Pattern[str] | None:
     if not texts or sum(map(len, texts)) > 5_000:
         return None
     words = "|".join(re.escape(t).replace(r"\ ", r"\s+") for t in texts)
-    return re.compile(rf"(?<![\w.,/-])(?:{words})(?!\w|[.,/]\d)", re.IGNORECASE)
+    return re.compile(
+        rf"(?<![.,/^√-]){_NOT_LETTER[0]}(?<![a-z^]\{{)(?:{words}){_NOT_LETTER[1]}(?![.,/]\d|\s?(?:√|\\sqrt|\\pi|\^|\\frac))",
+        re.IGNORECASE,
+    )
 
 
 def options_quoted(text: str, choices: Sequence[str]) -> list[str]:
@@ -155,6 +178,8 @@ def named_option(text: str, choices: Sequence[str] | None, *, bare: bool = True)
     if choices and (found := numeric_option(text, choices)):
         return found
     named = bare_letters(text, letters) if bare and not denied and not quoted else []
+    if len(set(named)) > 1:
+        named = bare_letters(main_clause(text), letters)
     return named[0] if len(set(named)) == 1 else None
 
 
@@ -204,4 +229,16 @@ def judged_option(text: str, letters: str) -> str | None:
 
 
 LINE = re.compile(r"[\s*_#-]{0,8}(?:option\s)?\(?([A-H])\b[).:*]", re.IGNORECASE)
+OPTION = re.compile(r"\(?\b([A-H])[).:、]\s*")
 RIGHT = re.compile(r"\b(?:correct|right|true|matches)\b|[✓✔✅]|(?<!不)正确", re.IGNORECASE)
+
+
+def options_asked(question: str) -> list[str] | None:
+    r"""The options' texts where a question ends in a list "(A) ... (B) ...", "A:..\nB:..", "A. ..; B. .."; None where they are in the picture."""
+    marks = list(OPTION.finditer(question))
+    starts = [i for i, mark in enumerate(marks) if mark[1] == "A"]
+    marks = marks[starts[-1] :] if starts else []
+    marks = [mark for i, mark in enumerate(marks) if mark[1] == LETTERS[i : i + 1]]
+    ends = [mark.start() for mark in marks[1:]] + [len(question)]
+    texts = [question[mark.end() : end].strip(" \n,.;") for mark, end in zip(marks, ends, strict=False)]
+    return texts if len(texts) > 1 and all(texts) else None

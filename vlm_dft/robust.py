@@ -15,7 +15,8 @@ from typing import Any
 from vlm_dft.answers import SHORT, Extracted, Kind, stated_answer
 from vlm_dft.equivalence import equivalent, is_mathematics, words
 from vlm_dft.latex_text import latex_text
-from vlm_dft.option_reading import leading_letter, option_letters
+from vlm_dft.option_reading import leading_letter, option_letters, options_asked
+from vlm_dft.statements import settled
 from vlm_dft.verdicts import Score
 
 OUTRIGHT = ("boxed", "answer tag")
@@ -44,6 +45,8 @@ def score_robust(response: str, sample: Mapping[str, Any]) -> Score:
     if sample.get("question_type") == "multi_choice" or choices:
         return _chosen(response, choices, gold, question)
     kind = KINDS.get(str(sample.get("answer_type"))) or _kind_of(gold)
+    if kind == "text" and is_mathematics(gold):
+        kind = "expression"  # TabMWP's other_text: a fraction
     return _written(response, gold, kind, sample)
 
 
@@ -61,8 +64,6 @@ def _tagged(response: str) -> str:
 
 def _chosen(response: str, choices: Sequence[str], gold: str, question: str | None) -> Score:
     """The letter stated is the gold letter's, or that of an option whose text is the gold answer."""
-    from vlm_dft.official.logicvista import options_asked  # here, since official rules may fall back on this one
-
     right = gold_letters(gold, choices)
     if len(right) > 1 and not choices:
         return _several(response, right, question)
@@ -85,7 +86,8 @@ def _chosen(response: str, choices: Sequence[str], gold: str, question: str | No
 def _option_meant(written: str, choices: Sequence[str]) -> str | None:
     """The letter that a text is, or of the one option that it equals; None for none and for several."""
     letters = option_letters(choices)
-    if letter := leading_letter(written, letters):
+    inside = stated_answer(written, choices=choices, kind="choice")
+    if letter := leading_letter(settled(written), letters) or (inside.answer if inside.rule == "announced" else None):
         return letter
     same = [letter for letter, text in zip(letters, choices, strict=False) if equivalent(written, text)]
     return same[0] if len(same) == 1 else None

@@ -12,6 +12,9 @@ HEAD, TAIL = 8_000, 24_000
 SPAN = 400
 """Characters read of one statement."""
 
+LONG = 4_000
+"""Characters read of a sentence, from its end."""
+
 
 class Statement(NamedTuple):
     """What stands where an answer is stated, where it starts in the text, and the name of the place."""
@@ -33,12 +36,16 @@ STYLE = re.compile(
 ITEM = re.compile(r"^[ \t*#]{0,6}\d{1,2}[.)][ \t]+(?=\S)", re.MULTILINE)
 """The number of a list's item: no number of an answer."""
 
-SPACES = re.compile(r"\\[,;:! ]|\\q?quad\b|[~\u00a0\u3000\u2009\u202f]")
-WIDE = str.maketrans("（）［］：，．；？！＝＋－／％−–＄", "()[]:,.;?!=+-/%--$")
+SPACES = re.compile(r"(?<!\\)\\[,;:! ]|\\q?quad\b|[~\u00a0\u3000\u2009\u202f]")
+WIDE = {wide: wide - 0xFEE0 for wide in range(0xFF01, 0xFF5F)} | str.maketrans("−–", "--")
+"""Full-width letters, digits and signs, and minus signs, as ASCII has them."""
 
 
-def settled(response: str) -> str:
-    """What counts of a response: after its thoughts, without special tokens and unseen characters, bounded."""
+def settled(response: str, *, latex: bool = False) -> str:
+    r"""What counts of a response: after its thoughts, without special tokens and unseen characters, bounded.
+
+    latex: its \text{..} and LaTeX's spaces stay, for `latex_text` to read: "{cm}^2" alone is no unit.
+    """
     if len(response) > HEAD + TAIL:
         response = f"{response[:HEAD]}\n{response[-TAIL:]}"
     ends = list(THOUGHT_END.finditer(response))
@@ -46,7 +53,7 @@ def settled(response: str) -> str:
         response = response[ends[-1].end() :]
     text = THOUGHT_START.sub("\n", THOUGHT_END.sub("\n", response))
     text = UNSEEN.sub("", SPECIAL.sub(" ", text)).translate(WIDE)
-    text = SPACES.sub(" ", STYLE.sub("", text)).strip()
+    text = (text if latex else SPACES.sub(" ", STYLE.sub("", text))).strip()
     while (polite := COURTESY.search(text, max(0, len(text) - 300))) and text[: polite.start()].strip():
         text = text[: polite.start()].rstrip()
     return ITEM.sub("", text) if len(ITEM.findall(text)) > 1 else text
@@ -96,7 +103,7 @@ NOUN = (
 CUE = re.compile(
     rf"{NOUN}[*_\"'`]{{0,3}}(?:[^.\n:=]|\.(?=\d)){{0,90}}?"
     r"(?:\b(?:is|are|was|be|becomes|remains|est|es|ist|è|é)\b(?!\s+(?:not\b|n't))|[:=]|->|→)[*_ ]{0,4}"
-    r"|(?:答案|正确选项|正确答案|选项|结果|结论)[^。\n]{0,12}?[是为:选】]{1,2}\s?|(?:答え|正解|정답|답)\s?[は은는:]\s?"
+    r"|(?:答案|正确选项|正确答案|选项|结果|结论)[^。\n]{0,12}?[是为為:选選】]{1,2}\s?|(?:答え|正解|정답|답)\s?[は은는:]\s?"
     r"|\b(?:(?:choose|chose|select(?:ed)?|pick(?:ed)?|go with|guess is)\s+|not \(?[A-H]\)?,? but )(?=(?:option |choice |answer )?[(*\"']{0,3}[A-H]\b)"
     r"|(?:故|所以|因此|应该?|则|可|综上,?)选择?\s?:?\s?|选择?\s?:?\s?(?=[(*]{0,3}[A-H])|[是为]\s?(?=[(*]{0,3}[A-H][)*]{0,3}\s?(?:[。.,(]|$))|####\s?"
     r"|\bsolution\s?:\s?(?=[(*]{0,3}[A-H]\b[)*.]{0,3}[ \t]*(?:\n|$))",
@@ -105,7 +112,7 @@ CUE = re.compile(
 """Words after which an answer follows."""
 
 END = re.compile(
-    r"[.!?](?=[\s*\"')]|$)(?<!\A[A-Za-z]\.)(?<!\n[A-Za-z]\.)(?<!\.[A-Za-z]\.)(?<!\(\w\.)(?<!vs\.)(?<!no\.)|[。\n]"
+    r"[.!?](?=[\s*\"')]|$)(?<!\A[A-Za-z]\.)(?<!\n[A-Za-z]\.)(?<!\.[A-Za-z]\.)(?<!\(\w\.)(?<!vs\.)(?<!no\.)|[。\n]|,\s?(?=因此|所以|故|综上)"
 )
 """The end of a sentence: no decimal point, no initial, no letter that labels an option."""
 
@@ -153,7 +160,7 @@ def sentences(text: str) -> list[str]:
         if not (piece and (piece := piece.strip())):
             continue
         if found and found[-1].endswith(":") and len(found[-1]) < SPAN:
-            found[-1] += f" {piece}"
+            found[-1] += f"\n{piece}"
         else:
             found.append(piece)
     return found
@@ -187,7 +194,8 @@ def statements(text: str) -> list[Statement]:
 
 
 ABSTAINS = re.compile(
-    r"\b(?:cannot|can't|can not|could not|couldn't|unable to|impossible to|(?:not|n't) (?:be )?(?:possible|able) to"
+    r"\b(?:(?:cannot|can't|can not|could not|couldn't)(?! be \W{0,3}(?:option )?[A-H]\b)"
+    r"|unable to|impossible to|(?:not|n't) (?:be )?(?:possible|able) to"
     r"|do(?:es)? ?(?:not|n't) (?:have (?:any|enough|sufficient|access|the)|provide|specify|give|mention)"
     r"|(?:not|n't) (?:\w+ ){0,3}(?:provided|given|specified|mentioned|available|visible|sufficient|determined|measured"
     r"|quantified|calculated|known|applicable|clear)|(?:not|n't) enough (?:information|data|context|details?)"
@@ -250,5 +258,5 @@ def conclusions(text: str, question: str | None) -> list[str]:
         worth += (0.8 if reasoned else 0.35) if i == last else 0.2 if i == 0 and not reasoned else 0.0
         worth += 0.4 if i == last and ABSTAINS.search(part) else 0.0
         if not restates(part[:SPAN], whole):
-            scored.append((worth + 0.01 * i / len(parts), part))
+            scored.append((worth + 0.01 * i / len(parts), part[-LONG:]))
     return [part for _, part in sorted(scored, key=lambda one: -one[0])]

@@ -16,6 +16,7 @@ from typing import Any
 from vlm_dft.answers import stated_answer
 from vlm_dft.official.latex_numbers import LONGEST, latex_number
 from vlm_dft.official.letters import gold_letter
+from vlm_dft.robust import score_robust
 from vlm_dft.verdicts import Score
 
 LETTERS = "ABCDEFGH"
@@ -27,9 +28,9 @@ def score_geometry3k(response: str, sample: Mapping[str, Any]) -> Score:
     """The letter or option stated; else the option nearest to the number stated. precise_value: the options' values, where known."""
     choices, question = [str(choice) for choice in sample.get("choices") or ()], sample.get("question")
     gold = gold_letter(sample)
-    stated = stated_answer(response, choices=choices or None, kind="choice", question=question)
-    if stated.answer is not None:
-        return Score(stated.answer == gold, stated.answer, f"letter: {stated.rule}")
+    stated = score_robust(response, {**sample, "question_type": "multi_choice"})
+    if stated.extracted is not None and stated.extracted in tuple(LETTERS):
+        return Score(stated.extracted == gold, stated.extracted, f"letter: {stated.rule}")
     values = option_values(choices, sample.get("precise_value"))
     number = stated_answer(response[-TAIL:], kind="number", question=question)
     value = None if number.answer is None else _value(number.answer)

@@ -7,23 +7,25 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlm_dft.answers import Asking, Extracted, stated_in
-from vlm_dft.option_reading import DENIED, LETTERS, bare_letters, leading_letter, letters_named
+from vlm_dft.option_reading import (
+    DENIED,
+    LETTERS,
+    bare_letters,
+    leading_letter,
+    letters_named,
+    main_clause,
+    options_asked,
+)
 from vlm_dft.statements import bare, conclusions, segments, settled, statements, without_listing
 from vlm_dft.verdicts import Score
 
 NONE = "zzzzz"
 """What the official extractor answers where a response chooses nothing; never equal to a gold answer."""
 
-SEVERAL = re.compile(r"\(?\b[A-H]\b\)?(?:(?:\s?,\s?(?:and|or)?|\s?&|\s+and|\s+or)\s*\(?\b[A-H]\b\)?(?!['’]))+")
-LETTER = re.compile(r"\b[A-H]\b")
+_ONE = r"\(?(?<![A-Za-z0-9_])[A-H](?![A-Za-z0-9_])\)?"
+SEVERAL = re.compile(rf"{_ONE}(?:(?:\s?[,、]\s?(?:and|or)?|\s?&|\s+and|\s+or|\s?[和与及])\s*{_ONE}(?!['’]))+")
+LETTER = re.compile(r"[A-H]")
 CLAUSE = re.compile(r"[,;]\s")
-LIST_MARK = re.compile(r"(?m)^\s*\d{1,2}[.)]\s+")
-OPTION = re.compile(r"\(?\b([A-H])\)\s*")
-SUBJECT = re.compile(
-    r"(?:(?:option|figure|diagram|set|choice|box|situation)s?\s+)?([A-H])\s+"
-    r"(?:is|has|was|will|would|does|shows|represents|fits|completes|matches|corresponds)\b",
-    re.IGNORECASE,
-)
 
 
 def score_logicvista(response: str, sample: Mapping[str, Any]) -> Score:
@@ -54,7 +56,7 @@ def logicvista_extraction(response: str, sample: Mapping[str, Any]) -> Extracted
     question = str(sample.get("question") or "")
     found = Extracted(None, "no letter chosen")
     for text in reversed(segments(settled(entry), question)):
-        found = _chosen(without_listing(LIST_MARK.sub("\n", text)).strip(), question)
+        found = _chosen(without_listing(text).strip(), question)
         if found.answer:
             break
     if not found.answer and len(entry) == 1:
@@ -98,17 +100,6 @@ def _after_echo(text: str, question: str) -> str:
     return text
 
 
-def options_asked(question: str) -> list[str] | None:
-    """The options' texts where a question ends in a list "(A) ... (B) ..."; None where they are in the picture."""
-    marks = list(OPTION.finditer(question))
-    starts = [i for i, mark in enumerate(marks) if mark[1] == "A"]
-    marks = marks[starts[-1] :] if starts else []
-    marks = [mark for i, mark in enumerate(marks) if mark[1] == LETTERS[i : i + 1]]
-    ends = [mark.start() for mark in marks[1:]] + [len(question)]
-    texts = [question[mark.end() : end].strip(" \n,.;") for mark, end in zip(marks, ends, strict=False)]
-    return texts if len(texts) > 1 and all(texts) else None
-
-
 def _only_letters(text: str) -> str | None:
     """The letters of a text that has nothing but letters and what joins them."""
     rest = re.sub(r"\band\b|[\s,;&]", " ", text[:200]).upper().split()
@@ -117,6 +108,7 @@ def _only_letters(text: str) -> str | None:
 
 def _set(text: str, question: str, *, announced: bool = False) -> str | None:
     """The letters one statement chooses, joined by ", "; none that it denies, offers, or only repeats in brackets."""
+    text = text.replace("*", "")
     for several in SEVERAL.finditer(text):
         letters = list(dict.fromkeys(LETTER.findall(several[0])))
         offered = " or " in several[0] or text[: several.start()].rstrip().endswith(("(", "from", "options"))
@@ -129,7 +121,8 @@ def _set(text: str, question: str, *, announced: bool = False) -> str | None:
     if not SEVERAL.match(text) and (letter := leading_letter(text, LETTERS)) and (announced or not DENIED.search(text)):
         return letter
     kept = "; ".join(clause for clause in CLAUSE.split(SEVERAL.sub(" ", text)) if not DENIED.search(clause))
-    if subject := SUBJECT.match(kept):
-        return subject[1].upper()
-    named = list(dict.fromkeys(letters_named(kept, LETTERS) or bare_letters(kept, LETTERS)))
-    return named[0] if len(named) == 1 else None
+    for part in (kept, main_clause(kept)):
+        named = set(letters_named(part, LETTERS) or bare_letters(part, LETTERS))
+        if len(named) == 1:
+            return named.pop()
+    return None

@@ -13,11 +13,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlm_dft.latex_text import latex_text
+from vlm_dft.option_reading import options_asked
 from vlm_dft.quantities import read_quantity
 from vlm_dft.robust import score_robust
 from vlm_dft.verdicts import Score
 
-_OPTION = re.compile(r"^[ \t]*\(?([A-H])\)?[ \t]*[:.)][ \t]*(.*)$", re.MULTILINE)
 _NAMED = re.compile(r"\A\s*[A-Z][A-Za-z ]{2,}(?=\$?\s*=)")  # "Circumference $=50.27 \mathrm{~cm}$"
 _SEVERAL = re.compile(r"\(?[A-H]\)?(?:\s*[,\n]\s*\(?[A-H]\)?)+")
 
@@ -25,7 +25,7 @@ _SEVERAL = re.compile(r"\(?[A-H]\)?(?:\s*[,\n]\s*\(?[A-H]\)?)+")
 def score_mathverse(response: str, sample: Mapping[str, Any]) -> Score:
     """What the response states, equal in meaning to the gold answer. Of a gold of several letters ("C\\nD") all are wanted."""
     gold = mathverse_gold(str(sample["gold_answer"]))
-    choices = sample.get("choices") or question_choices(str(sample.get("question") or ""))
+    choices = sample.get("choices") or options_asked(str(sample.get("question") or ""))
     asked = {**sample, "gold_answer": gold, "choices": None if _SEVERAL.fullmatch(gold) else choices or None}
     if not choices and read_quantity(latex_text(gold)) is not None:
         asked["answer_type"] = "number"  # so that it is found in a sentence
@@ -38,10 +38,3 @@ def mathverse_gold(gold: str) -> str:
     gold = re.sub(r"(?<=\N{DEGREE SIGN})\s*T\Z", "", gold)
     named = _NAMED.match(gold)
     return gold[named.end() :].strip("$ ").removeprefix("=").strip() if named else gold
-
-
-def question_choices(question: str) -> list[str]:
-    """The options under the question's last "Choices:", in order from A; none where they are not A, B, C .."""
-    found = _OPTION.findall(question.rpartition("Choices:")[2]) if "Choices:" in question else []
-    texts = [text.strip() for _, text in found]
-    return texts if [letter for letter, _ in found] == list("ABCDEFGH"[: len(found)]) else []
