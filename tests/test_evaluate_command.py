@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -134,6 +135,20 @@ def test_a_server_that_leaves_responses_out_ends_with_status_1_and_the_same_comm
     assert json.loads((sums.parent / "out/sums/results.json").read_text())["splits"]["test"][
         "accuracy"
     ] == pytest.approx(2 / 3)
+
+
+def test_a_full_disk_is_said_and_what_was_answered_is_kept(
+    sums: Path, fake: Fake, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:  # fmt: skip
+    def full(*words: Any, **more: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(evaluating, "score_predictions", full)
+    asked = words(sums, "--engine", "openai", "--base-url", fake.url)
+    asked[asked.index("--model") + 1] = "tuned"
+    assert main(asked) == 2
+    assert "No space left on device. What was answered is kept there: free some space" in said(capsys)
+    assert len((sums.parent / "out/sums/predictions.jsonl").read_text().splitlines()) == 3
 
 
 @pytest.fixture
