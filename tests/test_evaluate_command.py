@@ -180,6 +180,12 @@ def test_a_model_is_asked_as_its_run_trained_it_and_that_is_said(
         ConfigError, match="trained this model with min_pixels = the processor's own. Leave --min-pixels out"
     ):
         asking_of(str(run / "checkpoint-2"), min_pixels=99)
+    moved = run.parent / "moved"
+    moved.mkdir()
+    (moved / "manifest.json").write_text("{}")
+    assert (
+        "was moved out of its run: asked with its processor's own pixels and no system" in asking_of(str(moved)).said()
+    )
     base = asking_of("tiny", max_pixels=99_999)
     assert (base.max_pixels, base.system, base.run) == (99_999, None, None)
     capsys.readouterr()
@@ -201,6 +207,7 @@ def test_a_model_is_asked_as_its_run_trained_it_and_that_is_said(
         (["--data", "/x"], "--data says two folders for all"),
         (["--judge", "http://x"], "--judge URL and --judge-model NAME belong together"),
         (["--protocol", "nobodys"], "nobodys"),
+        (["--as-trained", "nowhere"], "--as-trained 'nowhere': no run's config.yaml there"),
         (["drawn", "drawn"], "drawn: named twice"),
         (["nowhere"], "nowhere"),
     ],
