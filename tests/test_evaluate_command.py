@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -136,6 +137,20 @@ def test_a_server_that_leaves_responses_out_ends_with_status_1_and_the_same_comm
     ] == pytest.approx(2 / 3)
 
 
+def test_a_full_disk_is_said_and_what_was_answered_is_kept(
+    sums: Path, fake: Fake, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:  # fmt: skip
+    def full(*words: Any, **more: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(evaluating, "score_predictions", full)
+    asked = words(sums, "--engine", "openai", "--base-url", fake.url)
+    asked[asked.index("--model") + 1] = "tuned"
+    assert main(asked) == 2
+    assert "No space left on device. What was answered is kept there: free some space" in said(capsys)
+    assert len((sums.parent / "out/sums/predictions.jsonl").read_text().splitlines()) == 3
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """A run folder that says how its checkpoint was trained."""
@@ -165,6 +180,12 @@ def test_a_model_is_asked_as_its_run_trained_it_and_that_is_said(
         ConfigError, match="trained this model with min_pixels = the processor's own. Leave --min-pixels out"
     ):
         asking_of(str(run / "checkpoint-2"), min_pixels=99)
+    moved = run.parent / "moved"
+    moved.mkdir()
+    (moved / "manifest.json").write_text("{}")
+    assert (
+        "was moved out of its run: asked with its processor's own pixels and no system" in asking_of(str(moved)).said()
+    )
     base = asking_of("tiny", max_pixels=99_999)
     assert (base.max_pixels, base.system, base.run) == (99_999, None, None)
     capsys.readouterr()
@@ -186,6 +207,7 @@ def test_a_model_is_asked_as_its_run_trained_it_and_that_is_said(
         (["--data", "/x"], "--data says two folders for all"),
         (["--judge", "http://x"], "--judge URL and --judge-model NAME belong together"),
         (["--protocol", "nobodys"], "nobodys"),
+        (["--as-trained", "nowhere"], "--as-trained 'nowhere': no run's config.yaml there"),
         (["drawn", "drawn"], "drawn: named twice"),
         (["nowhere"], "nowhere"),
     ],

@@ -215,9 +215,14 @@ def test_a_judge_that_is_gone_is_tried_once_a_response_after_three_silences(serv
 
 @pytest.mark.parametrize("status", [401, 403, 404])
 def test_a_refused_key_address_or_model_stops_with_what_to_check(server: Server, tmp_path: Path, status: int) -> None:
-    server.answer = lambda number, prompt: (status, {}, b'{"error": {"message": "no"}}')
-    with pytest.raises(ConfigError, match=rf"answers {status}.*Check the address, the model's name and the key"):
-        judge_of(server, tmp_path).score("3 or 4", INTEGER, "mathvista")
+    judge = judge_of(server, tmp_path)
+    key = judge._client.api_key
+    server.answer = lambda number, prompt: (status, {}, f'{{"error": {{"message": "no: {key}!"}}}}'.encode())
+    with pytest.raises(
+        ConfigError, match=rf"answers {status}.*Check the address, the model's name and the key"
+    ) as error:
+        judge.score("3 or 4", INTEGER, "mathvista")
+    assert f"{key}!" not in str(error.value)
     assert len(server.requests) == 1
 
 

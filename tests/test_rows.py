@@ -6,11 +6,14 @@ import base64
 import io
 import json
 import shutil
+import socket
+import time
 import zlib
 from pathlib import Path
 from typing import Any
 
 import datasets
+import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -196,6 +199,21 @@ def test_a_set_that_cannot_be_reached_is_named_with_the_way_to_a_copy() -> None:
         read({"hub": "some/set", "revision": "abc"}, None)
     for words in ("hub set 'some/set' (split train)", "hf download some/set --repo-type dataset", "--data DIR"):
         assert words in str(caught.value)
+
+
+def test_a_hub_that_cannot_be_looked_up_is_not_tried_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere(*words: Any) -> None:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket, "getaddrinfo", nowhere)
+    start = time.monotonic()
+    with pytest.raises(RowError, match="hub set 'some/set' .split train. cannot be read: .*Offline"):
+        read({"hub": "some/set", "revision": "abc"}, None)
+    assert time.monotonic() - start < 4  # 23 s of waits between tries without it
+    assert not datasets.config.HF_HUB_OFFLINE and not huggingface_hub.constants.HF_HUB_OFFLINE
 
 
 @pytest.mark.parametrize(

@@ -198,14 +198,14 @@ def test_what_keeps_failing_is_said_and_asked_again_the_next_time(
     fake: Fake, samples: list[Any], tmp_path: Path
 ) -> None:
     said: list[str] = []
-    bad = (400, {"error": {"message": "the prompt has 9000 tokens, the model takes 4096"}}, {})
+    bad = (400, {"error": {"message": "the prompt has 9000 tokens, the model takes 4096: no extra ones"}}, {})
     worse = (503, {"error": {"message": "overloaded"}}, {})
     fake.reply = lambda text, attempt, asked: {"2": bad, "4": worse}.get(text[-1], "fine")
     rows, failures = ask(fake, samples, tmp_path / "predictions.jsonl", say=said.append)
     assert [row["id"] for row in rows] == ["s0", "s1", "s3", "s5"]
     assert list(failures) == [("s2", 0), ("s4", 0)]
-    assert fake.tries["question 2"] == 1 and fake.tries["question 4"] == 4  # the first is no better the next time
-    assert re.search(r"drawn s2 \(draw 0\): no response: status 400: .*9000 tokens", said[0])
+    assert fake.tries["question 2"] == 2 and fake.tries["question 4"] == 4  # the first is no better the next time
+    assert len(said) == 2 and re.search(r"drawn s2 \(draw 0\): no response: status 400: .*9000 tokens", said[0])
     fake.reply = lambda text, attempt, asked: f"answer to {text}"
     before = sum(fake.tries.values())
     rows, failures = ask(fake, samples, tmp_path / "predictions.jsonl")
@@ -218,9 +218,10 @@ def test_a_server_that_refuses_everybody_ends_the_run_at_once(
     fake: Fake, samples: list[Any], tmp_path: Path, monkeypatch: Any
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-of-the-test")
-    fake.reply = lambda text, attempt, asked: (401, {"error": {"message": "bad key"}}, {})
-    with pytest.raises(NoServer, match=r"wants a key \(status 401.*Set OPENAI_API_KEY in the environment"):
+    fake.reply = lambda text, attempt, asked: (401, {"error": {"message": "bad key: sk-secret-of-the-test"}}, {})
+    with pytest.raises(NoServer, match=r"wants a key \(status 401.*Set OPENAI_API_KEY in the environment") as error:
         ask(fake, samples, tmp_path / "predictions.jsonl", server={"concurrency": 1})
+    assert "secret" not in str(error.value)
     assert len(fake.asked) == 1 and fake.keys == ["Bearer sk-secret-of-the-test"]
     written = b"".join(path.read_bytes() for path in tmp_path.iterdir())
     assert b"secret" not in written and b"127.0.0.1" not in written
@@ -243,6 +244,24 @@ def test_a_server_that_goes_away_ends_the_run_and_keeps_what_it_said(
     with pytest.raises(NoServer, match=r"has stopped answering .* The same command goes on"):
         ask(fake, samples, tmp_path / "p.jsonl", server={"concurrency": 1, "retries": 1})
     assert len((tmp_path / "p.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_server_that_only_fails_ends_the_run(fake: Fake, samples: list[Any], tmp_path: Path) -> None:
+    fake.reply = lambda text, attempt, asked: (500, {"error": {"message": "the engine is dead"}}, {})
+    with pytest.raises(NoServer, match="has stopped answering .*the engine is dead"):
+        ask(fake, samples, tmp_path / "p.jsonl", server={"concurrency": 2, "retries": 1})
+    assert len(fake.tries) < len(samples)
+
+
+def test_a_withheld_response_is_empty_and_says_why_and_is_not_asked_again(
+    fake: Fake, samples: list[Any], tmp_path: Path
+) -> None:
+    choice = {"index": 0, "message": {"role": "assistant", "content": None}, "finish_reason": "content_filter"}
+    body = {"id": "x", "object": "chat.completion", "created": 1, "model": "tuned", "choices": [choice]}
+    fake.reply = lambda text, attempt, asked: (200, body, {})
+    rows, failures = ask(fake, samples, tmp_path / "p.jsonl")
+    assert not failures and len(fake.asked) == len(samples)
+    assert {(row["response"], row["finish"]) for row in rows} == {("", "content_filter")}
 
 
 def test_a_model_s_own_penalty_is_switched_off_and_a_server_that_knows_none_is_asked_without(

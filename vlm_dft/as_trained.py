@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_dft.chat import Sample
+from vlm_dft.checkpoints import MANIFEST
 from vlm_dft.errors import ConfigError, UserError
 
 ABOVE = 3  # folders, a checkpoint's own and those above it, in which the run's config.yaml is looked for
@@ -23,9 +24,16 @@ class Asking:
     template_options: dict[str, Any] = field(default_factory=dict)
     system: str | None = None
     run: Path | None = None
+    moved: Path | None = None
+    "A checkpoint of a run whose folder is not about it, so that how it was asked is not known."
 
     def said(self) -> str:
-        """What differs from the model's own ways, in a line; empty where nothing does."""
+        """What differs from the model's own ways, in a line, or that it is not known; empty where nothing does."""
+        if self.moved:
+            return (
+                f"{self.moved} was moved out of its run: asked with its processor's own pixels and no system prompt, unless --as-trained "
+                "says which run it is of."
+            )
         own = Asking()
         differs = {name: getattr(self, name) for name in PIXELS if getattr(self, name) != getattr(own, name)}
         words = [f"{name} = {value}" for name, value in differs.items()]
@@ -45,7 +53,8 @@ def asking_of(model: str, *, min_pixels: int | None = None, max_pixels: int | No
     found = _of_run(model)
     given = {"min_pixels": min_pixels, "max_pixels": max_pixels}
     if found is None:
-        return Asking(**given)  # type: ignore[arg-type]
+        moved = Path(model).expanduser()
+        return Asking(**given, moved=moved if (moved / MANIFEST).is_file() else None)  # type: ignore[arg-type]
     for name, value in given.items():
         if value is not None and value != getattr(found, name):
             trained = getattr(found, name)

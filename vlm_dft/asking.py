@@ -75,6 +75,9 @@ def check_form(form: object, *, where: str) -> None:
         raise CardError(
             f"{where}, markers: expected text (<image1> stays a word, the picture goes first), found {form['markers']!r}."
         )
+    for key in ("system", "unit"):
+        if key in form and (not isinstance(form[key], str) or not form[key].strip()):
+            raise CardError(f"{where}, {key}: expected a text, found {form[key]!r}.")
     for key in ("strip", "squeeze", "pictures"):
         if not isinstance(form.get(key, True), bool):
             raise CardError(f"{where}, {key}: expected true or false, found {form[key]!r}.")

@@ -105,14 +105,19 @@ def _splits(card: Mapping[str, Any], where: str) -> None:
         raise CardError(f"{where}: splits must be a non-empty dict, found {splits!r}.")
     for split, said in splits.items():
         place = f"{where}, split {split!r}"
+        if not isinstance(split, str) or set(split) & set(",:/\\") or not split.strip():
+            raise CardError(f"{place}: a split's name is a text without comma, colon or slash.")
         if not isinstance(said, Mapping):
             raise CardError(f"{place}: expected a source such as {{files: [...]}}, found {said!r}.")
         check_keys(said, SPLIT_KEYS if "layouts" in card else (*SPLIT_KEYS, *LAYOUT_KEYS), where=place)
         if "layouts" not in card and len(set(SOURCES) & set(said)) != 1:
             raise CardError(f"{place}: expected one of {', '.join(SOURCES)}, found {sorted(said)}.")
-        for key in SPLIT_KEYS:
-            if key in said and key in CHECKS:
-                CHECKS[key](said[key], f"{place}, {key}")
+        _check_keys_of(said, place)
+
+
+def _check_keys_of(source: Mapping[str, Any], place: str) -> None:
+    for key in {*SPLIT_KEYS, *LAYOUT_KEYS} & set(source) & set(CHECKS):
+        CHECKS[key](source[key], f"{place}, {key}")
 
 
 def _layouts(value: object, where: str) -> None:
@@ -125,6 +130,7 @@ def _layouts(value: object, where: str) -> None:
         check_keys(layout, LAYOUT_KEYS, where=place)
         if len(set(SOURCES) & set(layout)) != 1:
             raise CardError(f"{place}: expected one of {', '.join(SOURCES)}, found {sorted(layout)}.")
+        _check_keys_of(layout, place)
         if not isinstance(layout.get("given", {}), Mapping):
             raise CardError(f"{place}, given: expected columns with a value for every row, found {layout['given']!r}.")
 
@@ -148,7 +154,7 @@ def _record(value: object, where: str) -> None:
             check_cases(rule, ("text", "value", "column"), where=f"{where}, {key}")
         elif isinstance(rule, Mapping):
             check_keys(rule, ("value", "column", "optional"), where=f"{where}, {key}")
-            if len({"value", "column"} & set(rule)) != 1:
+            if len({"value", "column"} & set(rule)) != 1 or not isinstance(rule.get("column", ""), str):
                 raise CardError(f"{where}, {key}: expected a value or a column, found {rule!r}.")
         elif not isinstance(rule, str):
             raise CardError(f"{where}, {key}: expected a column, a value or a list of cases, found {rule!r}.")
@@ -186,6 +192,12 @@ def _texts(value: object, where: str) -> None:
         raise CardError(f"{where}: expected a list of names, found {value!r}.")
 
 
+def _default(value: object, where: str) -> None:
+    _texts(value, where)
+    if not value:
+        raise CardError(f"{where}: names no split. Leave it out for all of them.")
+
+
 def _text(value: object, where: str) -> None:
     if not isinstance(value, str) or not value.strip():
         raise CardError(f"{where}: expected a text, found {value!r}.")
@@ -204,7 +216,8 @@ def _flag(value: object, where: str) -> None:
 CHECKS: dict[str, Callable[[Any, str], object]] = {
     "description": _text, "licence": _text, "paper": _text, "notes": _text, "answer": _text, "cluster": _text,
     "rows": _count, "max_new_tokens": _count, "scorer": _scorer, "layouts": _layouts, "each": _each, "record": _record,
-    "groups": _groups, "default": _texts, "metrics": _metrics, "empty_gold": _flag, "images_optional": _flag, "image_root": _text,
+    "groups": _groups, "default": _default, "images": _text, "folder": _text, "metrics": _metrics, "empty_gold": _flag, "images_optional": _flag,
+    "image_root": _text,
     "id": lambda value, where: columns_of(value, where=where),
     "image": lambda value, where: columns_of(value, where=where),
 }  # fmt: skip

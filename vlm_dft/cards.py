@@ -21,7 +21,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def check_keys(found: Mapping[str, Any], known: Iterable[str], *, where: str) -> None:
     """Raise CardError for the first key that is not known, with the nearest name and the whole list."""
-    known = sorted(known)
+    known = sorted(set(known))
     for key in map(str, found):
         if key not in known:
             raise CardError(f"{where}: unknown key {key!r}.{nearest(key, known)} Known keys: {', '.join(known)}.")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
 from vlm_dft.commands import check_writable, echo, quiet
-from vlm_dft.errors import UserError
+from vlm_dft.errors import ConfigError, UserError
 
 UNANSWERED = 1  # exit status where a server left responses out
 
@@ -52,6 +53,7 @@ def add_evaluate(commands: Any) -> None:
 def evaluate_command(arguments: argparse.Namespace) -> int:
     """Check everything, then load torch, answer, score and report."""
     from vlm_dft import evaluating
+    from vlm_dft.checkpoints import FULL
     from vlm_dft.decoding import Decoding
     from vlm_dft.runs import write_json
 
@@ -68,7 +70,15 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
     prepared = evaluating.prepare(config)
     if config.engine == "transformers":
         quiet()
-    report, failed = evaluating.evaluate(prepared, echo=echo)
+    try:
+        report, failed = evaluating.evaluate(prepared, echo=echo)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise ConfigError(
+            f"--output {arguments.output!r}: {os.strerror(error.errno)}. What was answered is kept there: free some space, and the same "
+            "command goes on."
+        ) from error
     if arguments.json and report:
         write_json(Path(arguments.json), report)
     return UNANSWERED if failed else 0

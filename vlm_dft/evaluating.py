@@ -92,6 +92,10 @@ def prepare(config: EvalConfig) -> Prepared:
     else:
         resolve_model(config.model)
     asking = asking_of(config.as_trained or config.model, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
+    if config.as_trained and asking.run is None:
+        raise ConfigError(
+            f"--as-trained {config.as_trained!r}: no run's config.yaml there. Expected the folder of a training run."
+        )
     names = [str(read_benchmark(name)["name"]) for name in config.benchmarks]  # every card before any row
     if twice := {name for name in names if names.count(name) > 1}:
         raise ConfigError(f"{', '.join(sorted(twice))}: named twice. Name each benchmark once.")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from vlm_dft.errors import CardError, RowError
 from vlm_dft.table_files import arrow_files, is_arrow_folder
@@ -88,11 +91,9 @@ def local_files(root: Path, source: Mapping[str, Any], *, where: str) -> list[Pa
 
 def hub_rows(source: Mapping[str, Any], *, where: str, start: int = 0) -> Iterator[dict[str, Any]]:
     """The rows of a set on the hub from `start` on, one by one, pictures left as they are stored. Raises RowError."""
-    from datasets import load_dataset
-
     name, split = source["hub"], source.get("split", "train")
     try:
-        rows = load_dataset(name, source.get("config"), split=split, revision=source.get("revision"), streaming=True)
+        rows = _opened(name, source.get("config"), split=split, revision=source.get("revision"), streaming=True)
         if rows.features is not None:
             rows = rows.decode(False)
         yield from rows.skip(start) if start else rows
@@ -104,6 +105,24 @@ def hub_rows(source: Mapping[str, Any], *, where: str, start: int = 0) -> Iterat
             f"network, or to keep a copy: {_keeping(source)}",
             "hub set cannot be read",
         ) from error
+
+
+def _opened(*words: Any, **more: Any) -> Any:
+    """load_dataset; as if HF_HUB_OFFLINE were set where the hub's name cannot be looked up, as it would be tried for half a minute."""
+    import datasets
+    from huggingface_hub import constants
+
+    host = urlsplit(constants.ENDPOINT).hostname
+    before = datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
+    try:
+        if not getproxies():  # a proxy looks names up by itself
+            socket.getaddrinfo(host, 443)
+    except OSError:
+        datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
+    try:
+        return datasets.load_dataset(*words, **more)
+    finally:
+        datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
 
 
 def _keeping(source: Mapping[str, Any]) -> str:

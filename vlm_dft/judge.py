@@ -122,8 +122,11 @@ class Judge:
             return str(answer.choices[0].message.content or "").strip(), None
         except APIStatusError as error:
             if error.status_code in WRONG_SETUP:
+                said = str(error.message).replace(
+                    self._client.api_key, "the key"
+                )  # servers repeat a key that they refuse
                 raise ConfigError(
-                    f"The judge {self.model!r} at {self._client.base_url} answers {error.status_code} ({error.message}). "
+                    f"The judge {self.model!r} at {self._client.base_url} answers {error.status_code} ({said}). "
                     "Check the address, the model's name and the key."
                 ) from error
             return None, _seconds(error.response.headers.get("retry-after"))

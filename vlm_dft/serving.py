@@ -33,6 +33,10 @@ MOST_ASKED = 600.0  # seconds that a server's Retry-After is followed for
 SHOWN = 5  # failures that are said in full
 OURS = {"repetition_penalty": 1.0}  # else vLLM and SGLang take the model's own, which Qwen2.5-VL sets to 1.05
 UNKNOWN = re.compile(r"repetition_penalty|top_k|unrecogni[sz]ed|unknown|unexpected|extra", re.IGNORECASE)
+NOTHING_SAID = (
+    "length",
+    "content_filter",
+)  # all of it was thought, or withheld: an empty response, which another try repeats
 FINISH = {"stop": "stop", "length": "length", "eos": "stop", "stop_sequence": "stop", "max_tokens": "length"}
 
 
@@ -65,7 +69,7 @@ class _Run:
     rule: QwenImages | None
     failures: dict[tuple[str, int], str] = field(default_factory=dict)
     not_before: float = 0.0  # time.monotonic() until when the server wants nobody to ask
-    lost: int = 0  # requests in a row that found no server
+    lost: int = 0  # requests in a row that got no answer in all their tries
     ours: dict[str, Any] = field(default_factory=dict)  # settings outside OpenAI's, until the server refuses them
 
 
@@ -140,7 +144,7 @@ async def _ask_all(
                 file.add(
                     [{"id": sample.id, "draw": draw, "benchmark": sample.benchmark, "split": sample.split, **answer}]
                 )
-            bar.update()
+                bar.update()
 
     async with client:
         if places:
@@ -189,11 +193,11 @@ async def _answer(run: _Run, sample: Sample, draw: int) -> dict[str, Any] | None
             run.lost = 0
             return answer
         except openai.APIStatusError as error:
-            run.lost = 0
             why = f"status {error.status_code}: {_short(error.message)}"
             if error.status_code in REFUSED:
                 raise NoServer(_refusal(run, error)) from error
             if error.status_code < 500 and error.status_code not in AGAIN:
+                run.lost = 0
                 break  # this request, and not the server, is the matter
             asked = _retry_after(error.response.headers)
             if error.status_code == 429 or asked:
@@ -201,12 +205,12 @@ async def _answer(run: _Run, sample: Sample, draw: int) -> dict[str, Any] | None
                 run.not_before = max(run.not_before, time.monotonic() + wait)  # for all
         except openai.APIConnectionError as error:  # a timeout too
             why = _short(f"{type(error).__name__}: {error.__cause__ or error}")
-            if attempt == run.server.retries:
-                run.lost += 1
         except (ValueError, TypeError, AttributeError, LookupError, openai.APIError) as error:
             why = f"an answer that is none of a chat completion ({_short(str(error))})"
         if attempt < run.server.retries:
             await asyncio.sleep(wait)
+        else:
+            run.lost += 1
     run.failures[sample.id, draw] = why
     if run.lost >= min(run.server.concurrency, len(run.samples)):
         raise NoServer(f"The server at {run.server.base_url} has stopped answering ({why}). The same command goes on.")
@@ -223,8 +227,9 @@ async def _ask(run: _Run, request: Mapping[str, Any]) -> dict[str, Any]:
     except openai.APIStatusError as error:
         if not ours or error.status_code not in (400, 422) or not UNKNOWN.search(str(error.message)):
             raise
-        run.ours = {}
-        return _read(await run.client.chat.completions.create(**request))
+        answer = _read(await run.client.chat.completions.create(**request))
+        run.ours = {}  # only now: a prompt that is refused either way says nothing of them
+        return answer
 
 
 async def _request(run: _Run, sample: Sample, draw: int) -> dict[str, Any]:
@@ -260,7 +265,7 @@ def _read(completion: Any) -> dict[str, Any]:
     """The response, how it finished, and its tokens. Raises ValueError for an answer that holds none."""
     choice = completion.choices[0]
     text, finish = choice.message.content, FINISH.get(str(choice.finish_reason), str(choice.finish_reason))
-    if text is None and finish == "length":  # all of it was thought
+    if text is None and finish in NOTHING_SAID:
         text = ""
     if not isinstance(text, str):
         raise ValueError(f"its content is {text!r}, its finish {finish!r}")
@@ -289,4 +294,6 @@ def _refusal(run: _Run, error: Any) -> str:
 
 def _short(text: str) -> str:
     said = " ".join(str(text).split())
+    if key := os.environ.get(KEY):  # servers repeat a key that they refuse
+        said = said.replace(key, f"${KEY}")
     return said if len(said) <= 160 else said[:157] + "..."
