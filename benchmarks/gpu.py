@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py --data DIR [--size 3b|small] [--rounds 5] [--markdown benchmarks/gpu.md]
 
-No weights of the real model are needed: shapes decide time and memory, not values. Times are between CUDA events, the median
+No weights of the real model are needed: shapes decide time and memory, not values. Times are wall, synchronised, the median
 of interleaved rounds after one that is not counted; memory is the allocator's peak over what was allocated before. A step is
 forward, loss and backward in bf16 autocast over fp32 weights, as the trainer does, without the optimiser. "stock" is the
 library's model with the logits of every row and the formula of dft_loss; Liger's kernel has DFT as use_token_scaling.
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from evaluate import SHAPES
 from train_step import choose_rows
 
 from vlm_dft import dft_loss, fused_linear_loss
@@ -29,22 +30,10 @@ from vlm_dft.objectives import IGNORE
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 Step = Callable[[], Any]
-SHAPES: dict[str, dict[str, Any]] = {
-    "3b": {
-        "text": {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16,
-                 "num_key_value_heads": 2, "vocab_size": 151_936, "mrope_section": [16, 24, 24]},
-        "vision": {"depth": 32, "hidden_size": 1280, "num_heads": 16, "intermediate_size": 3420, "out_hidden_size": 2048,
-                   "fullatt_block_indexes": [7, 15, 23, 31]},
-        "loss": (8192, 2048, 151_936), "batch": 8,
-    },
-    "small": {
-        "text": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
-                 "num_key_value_heads": 2, "vocab_size": 2000, "mrope_section": [4, 6, 6]},
-        "vision": {"depth": 2, "hidden_size": 64, "num_heads": 4, "intermediate_size": 128, "out_hidden_size": 128,
-                   "fullatt_block_indexes": [1]},
-        "loss": (256, 64, 1000), "batch": 4,
-    },
-}  # fmt: skip
+SIZES = {
+    "3b": {"loss": (8192, 2048, 151_936), "batch": 8},
+    "small": {"loss": (256, 64, 1000), "batch": 4},
+}  # rows, H, V
 SHARE = 0.2  # of the loss's rows that are response tokens
 
 
@@ -103,7 +92,7 @@ def measure(steps: dict[str, Step], clear: Step, rounds: int) -> dict[str, dict[
 
 def loss_steps(size: str) -> tuple[dict[str, Step], Step]:
     """The ways to the DFT loss of bf16 hidden states and a bf16 head, forward and backward."""
-    rows, width, vocabulary = SHAPES[size]["loss"]
+    rows, width, vocabulary = SIZES[size]["loss"]
     draw = torch.Generator(DEVICE).manual_seed(0)
     hidden = torch.randn(rows, width, generator=draw, device=DEVICE).bfloat16().requires_grad_()
     weight = (torch.randn(vocabulary, width, generator=draw, device=DEVICE) / width**0.5).bfloat16().requires_grad_()
@@ -159,7 +148,7 @@ def train_steps(size: str, data: str) -> tuple[dict[str, Step], Step, dict[str, 
     from vlm_dft.segment_attention import use_segment_attention
     from vlm_dft.vision_attention import stop_window_attention, use_window_attention
 
-    processor, examples = load_processor("tiny"), examples_of(choose_rows(data, SHAPES[size]["batch"]))
+    processor, examples = load_processor("tiny"), examples_of(choose_rows(data, SIZES[size]["batch"]))
 
     def moved(batch: dict[str, Any]) -> dict[str, Any]:
         return {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
@@ -221,7 +210,7 @@ def table(found: dict[str, dict[str, float]], over: str, tokens: int | None = No
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="the folder that holds data/tabmwp")
-    parser.add_argument("--size", choices=SHAPES, default="3b" if GPU else "small")
+    parser.add_argument("--size", choices=SIZES, default="3b" if GPU else "small")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--markdown", type=Path, help="write the tables here too")
     options = parser.parse_args()
@@ -236,7 +225,7 @@ def main() -> None:
     )
     lines = ["# One GPU", "", f"`python benchmarks/gpu.py --size {options.size} --rounds {options.rounds}`, commit {said.get('commit')}; "
              f"{device}; {packages}.", "Medians of interleaved rounds; random weights (see the script's first lines).", ""]  # fmt: skip
-    rows, width, vocabulary = SHAPES[options.size]["loss"]
+    rows, width, vocabulary = SIZES[options.size]["loss"]
     ways, clear = loss_steps(options.size)
     lines += [f"## The DFT loss, bf16: N {rows:,} ({SHARE:.0%} response), H {width:,}, V {vocabulary:,}", ""]
     lines += table(measure(ways, clear, options.rounds), next(iter(ways)))
