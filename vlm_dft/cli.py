@@ -108,9 +108,9 @@ class _Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         found, rest = super().parse_known_args(args, namespace)
         if rest:
-            flag = next((word.partition("=")[0] for word in rest if word.startswith("--")), "")
+            flags = [word.partition("=")[0] for word in rest if word.startswith("--")]
             known = re.findall(r"(?<!\S)\[?(--[\w-]+)", self.format_usage())
-            self.error(f"unrecognized arguments: {' '.join(rest)}{'.' + nearest(flag, known) if flag else ''}")
+            self.error(f"unrecognized arguments: {' '.join(rest)}.{''.join(nearest(flag, known) for flag in flags)}")
         return found, rest
 
 

@@ -156,7 +156,7 @@ def _comparisons(report: Report, rest: str) -> Any:
         rows = [row for row in found["comparisons"] if row["group"] is None]
         rules = {rule: [_compared(row) for row in rows if row["rule"] == rule] for rule in RULES}
         if rules["official"] == rules["robust"]:
-            rules = {"both rules": rules["official"]}
+            rules = {"both": rules["official"]}
         for rule, cells in rules.items():
             if cells:
                 table.add_row(_text(f"{_title(benchmark, split)}, {rule}", bold=True))
