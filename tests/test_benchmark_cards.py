@@ -161,6 +161,9 @@ def test_where_nothing_is_the_error_says_what_was_looked_for(tmp_path: Path) -> 
         load_benchmark(name, tmp_path / "other")
     with pytest.raises(CardError, match="no data folder at"):
         load_benchmark(name, tmp_path / "nowhere")
+    with pytest.raises(CardError) as told:  # one folder too deep
+        load_benchmark(f"{name}:mini", tmp_path / "here/data")
+    assert f"It is in the folder above: --data {tmp_path / 'here'}." in str(told.value)
 
 
 def test_ids_that_two_rows_share_are_refused(tmp_path: Path) -> None:

@@ -15,6 +15,21 @@ def fails(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     return capsys.readouterr().err
 
 
+def test_a_flag_that_there_is_not_gets_the_nearest_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["evaluate", "drawn", "--model", "tiny", "--output", "x", "--limt", "3"])
+    assert "unrecognized arguments: --limt 3. Did you mean '--limit'?" in capsys.readouterr().err
+
+
+def test_the_folder_of_a_run_names_its_checkpoints(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for step in (6, 64, 8):
+        (tmp_path / f"dft/checkpoint-{step}").mkdir(parents=True)
+        (tmp_path / f"dft/checkpoint-{step}/config.json").touch()
+    for folder in (tmp_path, tmp_path / "dft"):  # of several objectives, and of one
+        error = fails(capsys, "evaluate", "drawn", "--model", str(folder), "--output", str(tmp_path / "out"))
+        assert f"Give the folder of a checkpoint, such as {tmp_path / 'dft' / 'checkpoint-64'}." in error
+
+
 PAPER = [
     "train",
     "--model",

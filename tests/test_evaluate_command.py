@@ -106,7 +106,7 @@ def test_several_benchmarks_are_answered_scored_and_reported_in_one_folder(
     assert "decoding: {'temperature': 0.0, 'samples': 1} there, {'samples': 2" in said(capsys)
     (sums.parent / "data" / "sums.jsonl").write_text(json.dumps({"id": "new", "question": "?", "answer": "1"}) + "\n")
     assert main(asked) == 2
-    assert "samples: 2 there, 1 now; rows: " in said(capsys)
+    assert "(samples: 2 there, 1 now)" in said(capsys)
 
 
 def test_draws_are_scored_each_and_summed_up(sums: Path) -> None:
@@ -222,6 +222,28 @@ def test_what_cannot_be_evaluated_is_refused_before_anything_is_loaded(
     assert not (sums.parent / "out").exists()
 
 
+def test_a_part_of_a_benchmark_is_said_to_be_one_in_the_terminal_and_on_the_page(
+    sums: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    remark = "sums: the first 2 samples of each split alone (limit), so its scores are not those of the whole set."
+    assert main(words(sums, "--limit", "2")) == 0
+    assert remark in said(capsys)
+    assert remark in (sums.parent / "out/report.html").read_text()
+    assert main(words(sums, "--limit", "3")) == 2  # other samples than before
+    assert "made with other settings (samples: 2 there, 3 now). Remove it" in said(capsys)
+
+
+def test_a_run_that_was_interrupted_is_told_how_to_go_on(
+    sums: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluating, "evaluate", interrupted)
+    assert main(words(sums)) == 130
+    assert "Interrupted. The same command goes on from the last response." in said(capsys)
+
+
 def test_nothing_heavy_is_imported_before_an_error_is_said(sums: Path) -> None:
     code = (
         "import sys; from vlm_dft.cli import main; status = main(sys.argv[1:]);"
@@ -238,6 +260,9 @@ def test_the_folder_of_a_training_run_and_one_in_use_are_left_alone(
 ) -> None:
     asked = words(sums)
     assert main([*asked[:-1], str(run)]) == 2
+    assert "is the folder of a training run, whose report would be overwritten" in said(capsys)
+    (sums.parent / "run/dft/checkpoint-8").mkdir(parents=True)  # an objective's folder, of a run of several
+    assert main([*asked[:-1], str(sums.parent / "run/dft")]) == 2
     assert "is the folder of a training run, whose report would be overwritten" in said(capsys)
     (sums.parent / "out").mkdir()
     ready, told = os.pipe()

@@ -217,6 +217,19 @@ def test_one_benchmark_alone_is_told_by_group_in_the_terminal(tmp_path: Path) ->
     assert "run − against" not in " ".join(lines)
 
 
+def test_a_benchmark_is_not_named_twice_for_its_one_split_nor_equal_comparisons_for_both_rules(tmp_path: Path) -> None:
+    scores, _ = make_rows(make_samples([], {"mathvista:testmini": 30}), {"a": 0.5, "b": 0.7}, ["so"])
+    for run in scores.values():
+        for row in run["mathvista:testmini"]:
+            row["robust"] |= {"correct": row["correct"]}
+    console = Console(width=80, record=True, file=(tmp_path / "out").open("w"))
+    for table in evaluation_tables(make_report(scores, tmp_path / "runs")):
+        console.print(table)
+    text = console.export_text()
+    assert "mathvista:testmini, testmini" not in text and "testmini, both" in text
+    assert text.count("b − a") == 1
+
+
 def test_further_metrics_are_rows_by_name_with_the_robust_value_where_it_differs() -> None:
     share = {"accuracy": 0.412, "stderr": 0.05, "low": 0.3, "high": 0.5, "count": 40}
     worst = {"worst": share, "robustness": {"value": 0.5, "stderr": 0.1}, "seeds": 60}

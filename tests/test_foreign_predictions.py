@@ -203,6 +203,10 @@ def test_a_row_that_cannot_be_read_is_told_and_the_others_are_kept(case: str, tm
 def test_a_folder_names_its_one_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="Name one of what it holds: nothing of the kind"):
         find_predictions(tmp_path, "mathvista")
+    (tmp_path / "open/Intern").mkdir(parents=True)
+    lines(tmp_path / "open/Intern/CoT.jsonl", [{}])
+    with pytest.raises(UserError, match=r"Name one of what it holds: open.Intern.CoT\.jsonl\."):
+        find_predictions(tmp_path, "mathvista")
     vista = lines(tmp_path / "Qwen_MathVista_MINI.jsonl", [{}])
     assert find_predictions(tmp_path, "mathvista") == vista == find_predictions(vista, "x")
     lines(tmp_path / "Qwen_MathVision.jsonl", [{}])

@@ -125,6 +125,12 @@ def test_the_standard_error_of_clusters_is_that_of_resampled_clusters() -> None:
     assert found["stderr"] == pytest.approx(spread, rel=0.05)
 
 
+def test_draws_of_one_problem_alone_are_worth_one_verdict() -> None:
+    found = measured(clustered("1100"))
+    assert (found["accuracy"], found["stderr"]) == (0.5, 0.5)  # and not 50.0 ± 0.0
+    assert (found["low"], found["high"]) == pytest.approx((0.0546, 0.9454), abs=1e-4)  # Wilson's of one half of one
+
+
 def test_one_verdict_a_cluster_is_as_without_clusters() -> None:
     assert measured(clustered(*"1101001")) == measured(rows("1101001"))
 

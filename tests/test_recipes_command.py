@@ -255,7 +255,7 @@ def test_a_prepared_folder_is_checked_as_any_recipe(capsys: pytest.CaptureFixtur
     out = capsys.readouterr().out
     assert "drawn_new: 12 rows read (all), 12 usable" in out and "compared with drawn: 0 of" in out
     assert (
-        "not compared with tabmwp: Benchmark 'tabmwp, split test' reads local files. Say where they are: --benchmark-data"
+        "not compared with tabmwp: Benchmark 'tabmwp', split test reads local files. Say where they are: --benchmark-data"
         in out
     )
 

@@ -171,6 +171,7 @@ def test_bad_predictions_are_refused_and_nothing_is_written(
     [
         (["--to", "lmms-eval", "x.xlsx"], "unknown format"),
         (["--to", "vlmevalkit", "x.csv"], "expected a name that ends in .xlsx or .tsv"),
+        (["--to", "vlmevalkit", "again.tsv"], "is the file that is scored. Choose another"),
         (["--to", "vlmevalkit", "nowhere/x.tsv"], "in a folder that can be written to"),
         (["--json", "nowhere/x.json"], "in a folder that can be written to"),
         (["--judge", "http://localhost:1/v1"], "needs both --judge URL and --judge-model"),
@@ -188,6 +189,7 @@ def test_mistaken_words_are_said_before_the_work(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     lines(tmp_path / "predictions.jsonl", ANSWERS)
+    (tmp_path / "again.tsv").symlink_to("predictions.jsonl")
     assert score("predictions.jsonl", *bars, *words) == 2
     assert message in capsys.readouterr().err
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vlm_dft import __version__
+from vlm_dft.cards import nearest
 from vlm_dft.commands import (
     DATA_HELP,
     RECIPE_HELP,
@@ -92,12 +94,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 2
     except KeyboardInterrupt:
-        print("\nInterrupted. The same command continues from the last checkpoint.", file=sys.stderr)
+        goes_on = {
+            "train": " The same command continues from the last checkpoint.",
+            "evaluate": " The same command goes on from the last response.",
+        }
+        print(f"\nInterrupted.{goes_on.get(words[0], '')}", file=sys.stderr)
         return ENDED_BY_USER
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser, of a command too, that names the nearest flag to one that there is not."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, rest = super().parse_known_args(args, namespace)
+        if rest:
+            flags = [word.partition("=")[0] for word in rest if word.startswith("--")]
+            known = re.findall(r"(?<!\S)\[?(--[\w-]+)", self.format_usage())
+            self.error(f"unrecognized arguments: {' '.join(rest)}.{''.join(nearest(flag, known) for flag in flags)}")
+        return found, rest
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="vlm-dft", description="Fine-tune vision-language models with Dynamic Fine-Tuning.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"vlm-dft {__version__}")

@@ -51,6 +51,7 @@ def compare_runs(
         here = {label: found for label, found in here.items() if found}
         if len(here) < len(order):
             warnings.append(f"{name}: only in {', '.join(here)}; the other runs have no scores of it.")
+        warnings += dict.fromkeys(remark for found in here.values() for run in found for remark in _remarks(run, name))
         _check_settings(name, here, warnings, mixed=mixed)
         scores = {label: _seeds_of(label, name, found, warnings) for label, found in here.items()}
         _check_draws(name, scores, warnings, mixed=mixed)
@@ -320,6 +321,12 @@ def _check_draws(benchmark: str, scores: Mapping[str, Sequence[Rows]], warnings:
     if not mixed:
         raise UserError(f"{benchmark}: {differ}. Evaluate the runs alike, or pass --mixed to compare all the same.")
     warnings.append(f"{benchmark}: {differ}.")
+
+
+def _remarks(run: Run, benchmark: str) -> Sequence[str]:
+    """What was odd about the samples of a run: a set that is not whole, a limit."""
+    source = run.settings.get(benchmark, {}).get("source")
+    return (source.get("remarks") or []) if isinstance(source, Mapping) else []
 
 
 def _about(runs: Sequence[Run], seeds: int) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -108,7 +108,10 @@ def prepare(config: EvalConfig) -> Prepared:
     for name, card in zip(names, config.benchmarks, strict=True):
         data = config.data.get(name, config.data.get(card, config.data.get("")))
         loaded = load_benchmark(card, data, config.limit, config.protocol)
-        found[name] = {"sources": loaded.sources, "remarks": loaded.remarks}
+        found[name] = {
+            "sources": loaded.sources,
+            "remarks": [*loaded.remarks, *_cut(name, loaded.sources, config.limit)],
+        }
         splits[name] = with_system(loaded, asking.system)
         samples = _flat(splits[name])
         limit = config.max_new_tokens or max(int(sample.record["max_new_tokens"]) for sample in samples)
@@ -235,6 +238,12 @@ def _report(prepared: Prepared, echo: Echo) -> dict[str, Any]:
     return report
 
 
+def _cut(name: str, sources: Mapping[str, Mapping[str, Any]], limit: int | None) -> Iterator[str]:
+    """That `limit` left samples out, which no table says."""
+    if limit and any(one["rows"] == limit and (one["expected"] or limit + 1) > limit for one in sources.values()):
+        yield f"{name}: the first {limit:,} samples of each split alone (limit), so its scores are not those of the whole set."
+
+
 def _settings(config: EvalConfig) -> dict[str, Any]:
     return {"protocol": config.protocol}
 
@@ -247,7 +256,7 @@ def _check_output(output: Path) -> None:
     """Raise ConfigError for a file, and for the folder of a training run: its report would be lost."""
     if output.exists() and not output.is_dir():
         raise ConfigError(f"--output {str(output)!r} is a file. Expected a folder.")
-    if (output / "config.yaml").is_file():
+    if (output / "config.yaml").is_file() or any(output.glob("checkpoint-*")):  # the second: an objective's
         raise ConfigError(
             f"--output {str(output)!r} is the folder of a training run, whose report would be overwritten. Choose another, such as "
             f"{str(output / 'evaluation')!r}."

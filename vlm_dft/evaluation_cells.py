@@ -19,6 +19,11 @@ def splits_of(report: Report) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
             yield benchmark, split, found
 
 
+def titled(benchmark: str, split: str) -> tuple[str, str]:
+    """The same, with no split where the benchmark is named by it alone: ("mathvision:testmini", "")."""
+    return benchmark, "" if benchmark.endswith(f":{split}") else split
+
+
 def groups_of(found: Mapping[str, Any]) -> list[str]:
     """The groups that tell samples apart: of two values at least."""
     values: dict[str, set[str]] = {}

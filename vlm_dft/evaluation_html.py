@@ -19,6 +19,7 @@ from vlm_dft.evaluation_cells import (
     listed,
     number,
     splits_of,
+    titled,
 )
 from vlm_dft.evaluation_samples import sample_blocks
 from vlm_dft.evaluation_script import SCRIPT, STYLE
@@ -105,7 +106,7 @@ def _scores(report: Report, runs: list[str]) -> str:
     if not alone:
         parts.append(_overview(report, runs))
     for benchmark, split, found in splits_of(report):
-        parts.append(f"<h3>{escape(benchmark)} <span class=soft>{escape(split)}</span></h3>{_measures(found, runs)}")
+        parts.append(_title_of(benchmark, split) + _measures(found, runs))
         parts.append(_extra(found, runs))
         parts += [_group(found, group, f"{benchmark} {split}, by {group}", runs, alone) for group in groups_of(found)]
     legend = "".join(legend_entry(runs, run) for run in runs)
@@ -118,15 +119,18 @@ def _scores(report: Report, runs: list[str]) -> str:
     )
 
 
+def _title_of(benchmark: str, split: str) -> str:
+    name, part = map(escape, titled(benchmark, split))
+    return f"<h3>{name} <span class=soft>{part}</span></h3>"
+
+
 def _overview(report: Report, runs: list[str]) -> str:
     head = "".join(f"<th><i class='dot {run_colour(runs, run)}'></i>{escape(run)}</th>" for run in runs)
     body = ""
     for benchmark, split, found in splits_of(report):
         cells = "".join(f"<td>{_cell(found['runs'].get(run))}</td>" for run in runs)
         count = max(m["count"] for m in found["runs"].values())
-        body += (
-            f"<tr><th scope=row>{escape(benchmark)} <small>{escape(split)}</small></th><td>{count:,}</td>{cells}</tr>"
-        )
+        body += f"<tr><th scope=row>{escape(benchmark)} <small>{escape(titled(benchmark, split)[1])}</small></th><td>{count:,}</td>{cells}</tr>"
     several = len(report["benchmarks"]) > 1
     drawn = [
         {
@@ -230,7 +234,7 @@ def _comparison(report: Report) -> str:
             continue
         whole = [row for row in rows if row.get("group") is None]
         said = "".join(_concluded(report, row) for row in whole if row["rule"] == "official")
-        title = f"<h3>{escape(benchmark)} <span class=soft>{escape(split)}</span></h3>"
+        title = _title_of(benchmark, split)
         parts.append(f"{title}<ul class=said>{said}</ul>{_comparison_table(whole)}")
         if own := [row for row in rows if row.get("group") == "metric"]:
             parts.append(

@@ -11,7 +11,7 @@ from typing import Any
 from vlm_dft.chat import Sample
 from vlm_dft.conclusions import needed, said_p
 from vlm_dft.errors import printable
-from vlm_dft.evaluation_cells import Report, Rows, extra_rows, group_rows, groups_of, number, splits_of
+from vlm_dft.evaluation_cells import Report, Rows, extra_rows, group_rows, groups_of, number, splits_of, titled
 from vlm_dft.evaluation_html import render_evaluation
 from vlm_dft.reporting import percent
 from vlm_dft.runs import write_json, write_text
@@ -82,6 +82,10 @@ def _text(value: Any, *, bold: bool = False, indent: int = 0) -> Any:
     return Text(" " * indent + printable(str(value)), style="bold" if bold else "")
 
 
+def _title(benchmark: str, split: str) -> str:
+    return ", ".join(filter(None, titled(benchmark, split)))
+
+
 def _scores(report: Report, rest: str) -> Any:
     table = _table(
         "benchmark, run", "n", "official", "95 %", "robust", "abst.", "cut",
@@ -89,7 +93,7 @@ def _scores(report: Report, rest: str) -> Any:
         + ("" if len(report["benchmarks"]) == 1 else f". By group: in {rest}"),
     )  # fmt: skip
     for benchmark, split, found in splits_of(report):
-        table.add_row(_text(f"{benchmark}, {split}", bold=True))
+        table.add_row(_text(_title(benchmark, split), bold=True))
         for run, m in found["runs"].items():
             robust = m.get("robust")
             table.add_row(
@@ -108,7 +112,7 @@ def _extra(report: Report) -> Any:
     table = _table("further metrics", *titles, caption=f"{by}; shares in % ± standard error", first_width=31)
     for benchmark, split, metrics in found:
         for metric, rows in metrics.items():
-            table.add_row(_text(f"{benchmark}, {split}{f': {metric}' if metric else ''}", bold=True))
+            table.add_row(_text(f"{_title(benchmark, split)}{f': {metric}' if metric else ''}", bold=True))
             for name, cells in rows.items():
                 said = (cells.get(run, ("", ""))[: 2 if len(runs) == 1 else 1] for run in runs)
                 table.add_row(_text(name, indent=2), *chain(*said))
@@ -132,7 +136,7 @@ def _groups(report: Report, rest: str, most: int) -> Iterator[Any]:
                 long = long or len(rows) > most
                 if len(rows) > most or not any(run in found["runs"] for run in runs):
                     continue
-                table.add_row(_text(f"{benchmark}, {split}: {group}", bold=True))
+                table.add_row(_text(f"{_title(benchmark, split)}: {group}", bold=True))
                 for row in rows:
                     cells = [row["cells"].get(run) for run in runs]
                     cells += [cell and cell["robust"] for cell in cells if len(names) == 1]
@@ -150,12 +154,19 @@ def _comparisons(report: Report, rest: str) -> Any:
     )  # fmt: skip
     for benchmark, split, found in splits_of(report):
         rows = [row for row in found["comparisons"] if row["group"] is None]
-        for rule in dict.fromkeys(row["rule"] for row in rows):
-            table.add_row(_text(f"{benchmark}, {split}, {rule}", bold=True))
-            for row in (row for row in rows if row["rule"] == rule):
-                table.add_row(
-                    _text(f"{row['run']} − {row['against']}", indent=2), percent(row["difference"], signed=True),
-                    f"{100 * row['low']:+.1f} {100 * row['high']:+.1f}", f"{number(row['only_second'])}, {number(row['only_first'])}",
-                    said_p(row["p_value"]), needed(row),
-                )  # fmt: skip
+        rules = {rule: [_compared(row) for row in rows if row["rule"] == rule] for rule in RULES}
+        if rules["official"] == rules["robust"]:
+            rules = {"both": rules["official"]}
+        for rule, cells in rules.items():
+            if cells:
+                table.add_row(_text(f"{_title(benchmark, split)}, {rule}", bold=True))
+            for first, *others in cells:
+                table.add_row(_text(first, indent=2), *others)
     return table
+
+
+def _compared(row: Mapping[str, Any]) -> tuple[str, ...]:
+    return (
+        f"{row['run']} − {row['against']}", percent(row["difference"], signed=True), f"{100 * row['low']:+.1f} {100 * row['high']:+.1f}",
+        f"{number(row['only_second'])}, {number(row['only_first'])}", said_p(row["p_value"]), needed(row),
+    )  # fmt: skip

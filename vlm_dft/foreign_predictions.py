@@ -123,6 +123,9 @@ def read_predictions(path: Path) -> ForeignFile:
     return ForeignFile(path, format, predictions, unreadable, oddities)
 
 
+KINDS = (".xlsx", ".tsv", ".csv", ".json", ".jsonl")
+
+
 def find_predictions(words: str | Path, benchmark: str) -> Path:
     """The file of responses that a path names: itself, or the one of a folder. Raises UserError naming what is there."""
     path = Path(words).expanduser()
@@ -134,12 +137,15 @@ def find_predictions(words: str | Path, benchmark: str) -> Path:
     for own in (path / "predictions.jsonl", path / benchmark / "predictions.jsonl"):
         if own.is_file():
             return own
-    files = sorted(p for p in path.iterdir() if p.suffix.lower() in (".xlsx", ".tsv", ".csv", ".json", ".jsonl"))
+    files = sorted(p for p in path.iterdir() if p.suffix.lower() in KINDS)
     named = [p for p in files if benchmark in said_benchmarks(p.stem, [benchmark])]
     if len(named or files) == 1:
         return (named or files)[0]
-    below = sorted(p.parent.name for p in path.glob("*/predictions.jsonl"))
-    found = [p.name for p in named or files] + [f"{name}/" for name in below]
+    below = sorted(f"{p.parent.name}/" for p in path.glob("*/predictions.jsonl"))
+    found = [p.name for p in named or files] + below
+    found = found or sorted(
+        str(p.relative_to(path)) for deep in ("*/*", "*/*/*") for p in path.glob(deep) if p.suffix.lower() in KINDS
+    )
     raise UserError(
         f"{str(words)!r} is a folder without a predictions.jsonl, and without one file alone that is named after {benchmark}. Name one of "
         f"what it holds: {', '.join(found[:20]) or 'nothing of the kind'}."

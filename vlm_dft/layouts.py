@@ -70,6 +70,8 @@ def find_layout(card: Mapping[str, Any], split: str, data: str | Path | None) ->
         first = errors[0]
     if len(layouts) == 1 and len(why) == 1:
         raise first
+    if any(_there(parts, root.parent, where)[0] for _, parts, _ in layouts if "hub" not in parts[0].source):
+        raise CardError(f"{where}: nothing of it is in {str(root)!r}. It is in the folder above: --data {root.parent}.")
     raise CardError(
         f"{where}: nothing of it is in {str(root)!r}. Looked for: {'; '.join(why)}.{_others(card, split, root)} The folder holds: "
         f"{', '.join(sorted(path.name for path in root.iterdir())[:8]) or 'nothing'}."

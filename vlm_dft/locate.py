@@ -27,7 +27,7 @@ def resolve_model(name: str) -> str:
         held = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
         raise ModelError(
             f"{name!r} is not a model folder: expected config.json (or adapter_config.json) in it, found {held}. "
-            "Give the folder of a checkpoint, for example runs/NAME/checkpoint-100."
+            f"Give the folder of a checkpoint, such as {_newest(path) or 'runs/NAME/checkpoint-100'}."
         )
     if path.exists():
         raise ModelError(
@@ -39,6 +39,13 @@ def resolve_model(name: str) -> str:
             f"{', '.join(EMBEDDED)}."
         )
     return name
+
+
+def _newest(folder: Path) -> Path | None:
+    """The checkpoint of most steps in a run's folder, or in an objective's folder in it."""
+    found = [path for pattern in ("checkpoint-*", "*/checkpoint-*") for path in folder.glob(pattern)]
+    steps = {path: int(path.name.removeprefix("checkpoint-")) for path in sorted(found) if path.name[11:].isdecimal()}
+    return max(steps, key=lambda path: steps[path], default=None)
 
 
 def base_model(folder: str) -> str:

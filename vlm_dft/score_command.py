@@ -52,6 +52,8 @@ def score_command(arguments: argparse.Namespace) -> int:
 
     check_writable(arguments.json, "--json")
     target = _target(arguments.to)
+    if target and target.exists() and target.resolve() == Path(arguments.predictions).resolve():
+        raise UserError(f"--to vlmevalkit {str(target)!r} is the file that is scored. Choose another name.")
     check_folder(arguments.output, "--output")
     done = rescore(
         arguments.predictions, arguments.benchmark, data=arguments.data, protocol=arguments.protocol,

@@ -15,7 +15,8 @@ def share(values: Sequence[float], clusters: Sequence[Hashable] | None = None) -
     clusters: what each value belongs to (a problem with versions, a sample with draws); None: each its own.
     stderr: sqrt(sum over clusters of (the cluster's summed residuals)^2) / n, with no small-sample factor (Miller 2024,
     arXiv 2411.00640, eq. 4): for one verdict a cluster it is sqrt(p(1-p)/n). It is 0 where all clusters agree, which
-    says nothing; the interval still does. Raises ValueError for no values: the mean of nothing is not zero.
+    says nothing; the interval still does. Of a single cluster, where eq. 4 is 0 whatever it holds, it is that of one verdict.
+    Raises ValueError for no values: the mean of nothing is not zero.
     """
     n = len(values)
     if n == 0:
@@ -24,7 +25,7 @@ def share(values: Sequence[float], clusters: Sequence[Hashable] | None = None) -
     sums: dict[Hashable, float] = {}
     for cluster, value in zip(range(n) if clusters is None else clusters, values, strict=True):
         sums[cluster] = sums.get(cluster, 0.0) + value - mean
-    variance = math.fsum(total * total for total in sums.values()) / n**2
+    variance = math.fsum(total * total for total in sums.values()) / n**2 if len(sums) > 1 else mean * (1 - mean)
     low, high = interval(mean, variance, n, len(sums))
     return {
         "accuracy": mean, "stderr": math.sqrt(variance) if 0 < mean < 1 else 0.0,
