@@ -1,5 +1,6 @@
 """The last MLP runs on response rows alone: the same hidden states and gradients, fewer rows multiplied."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -21,7 +22,8 @@ torch.set_num_threads(1)
 def test_hidden_states_and_gradients_are_the_whole_forward_passs(
     kind: str, packing: bool, processor: Any, drawn: list[Any]
 ) -> None:
-    model = load_model("tiny", dtype=torch.float64) if kind == "embedded" else make_model(kind).double()
+    model = load_model("tiny", dtype=torch.float64) if kind == "embedded" else copy.deepcopy(make_model(kind)).double()
+    model.requires_grad_(True)  # whatever another test has frozen of the shared one
     batch = ChatCollator(processor, packing=packing)(drawn[:3])
     batch = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in batch.items()}
     labels = batch.pop("labels")
