@@ -56,7 +56,7 @@ def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
     before = json.loads(meta.read_text(encoding="utf-8"))
     changed = [key for key in settings if before.get(key) != settings[key]]
     if "samples" in changed:  # other samples have other fingerprints, which tell nothing more
-        changed = [key for key in changed if key not in ("rows", "pictures")]
+        changed = [key for key in changed if key not in ("rows", "pictures", "prompts")]
     if changed:
         differences = "; ".join(f"{key}: {before.get(key)!r} there, {settings[key]!r} now" for key in changed)
         raise ConfigError(
