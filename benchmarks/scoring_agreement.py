@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vlm_dft.runs import versions
 from vlm_dft.scoring import Score, score_response
 
 Case = dict[str, Any]
@@ -283,7 +284,7 @@ def main() -> None:
     speed = {rule: sum(score is not None for score in scores[rule]) / seconds[rule] for rule in scores}
     lines = [
         "# Scoring: agreement with the official verdicts", "",
-        f"`python benchmarks/scoring_agreement.py --data DIR`: {len(cases):,} real responses with the verdicts of the benchmarks' own code. "
+        f"`python benchmarks/scoring_agreement.py --data DIR`, commit {str(versions()['commit'])[:7]}: {len(cases):,} real responses with the verdicts of the benchmarks' own code. "
         f"One process on one core of {os.cpu_count()}: **{speed['official']:,.0f} responses/s** by the official rules, "
         f"**{speed['robust']:,.0f}** by the robust one.", "",
         "A cell is agreement % / false positives % of the officially wrong / false negatives % of the officially right, from the raw "
