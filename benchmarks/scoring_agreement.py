@@ -284,7 +284,8 @@ def main() -> None:
     speed = {rule: sum(score is not None for score in scores[rule]) / seconds[rule] for rule in scores}
     lines = [
         "# Scoring: agreement with the official verdicts", "",
-        f"`python benchmarks/scoring_agreement.py --data DIR`, commit {str(versions()['commit'])[:7]}: {len(cases):,} real responses with the verdicts of the benchmarks' own code. "
+        f"`python benchmarks/scoring_agreement.py --data DIR`, commit {str(versions()['commit'])[:7]}: "
+        f"{len(cases):,} real responses with the verdicts of the benchmarks' own code. "
         f"One process on one core of {os.cpu_count()}: **{speed['official']:,.0f} responses/s** by the official rules, "
         f"**{speed['robust']:,.0f}** by the robust one.", "",
         "A cell is agreement % / false positives % of the officially wrong / false negatives % of the officially right, from the raw "
