@@ -141,7 +141,8 @@ def evaluate(prepared: Prepared, *, echo: Echo) -> tuple[dict[str, Any], int]:
                 continue
             if failures:
                 echo(
-                    f"{name}: {failures:,} responses are missing, so it is not scored. The same command asks for them again."
+                    f"{name}: {failures:,} responses are missing, so it is not scored. The same command asks for them again; "
+                    f"`vlm-dft score {folder} --benchmark {name} --allow-partial` scores what is there."
                 )
                 (folder / RESULTS).unlink(missing_ok=True)
             else:
