@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import yaml
+from test_judge import Server, server  # noqa: F401
+from test_judge import said as replied
 from test_serving import Fake, fake  # noqa: F401
 
 from vlm_dft import evaluating
@@ -149,6 +151,22 @@ def test_a_full_disk_is_said_and_what_was_answered_is_kept(
     assert main(asked) == 2
     assert "No space left on device. What was answered is kept there: free some space" in said(capsys)
     assert len((sums.parent / "out/sums/predictions.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_named_judge_decides_and_that_is_said_and_kept(
+    sums: Path,
+    server: Server,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """MathVerse's judge extracts, then says 0 or 1: here that every response is right."""
+    sums.write_text(yaml.safe_dump({**CARD, "scorer": "mathverse"}))
+    server.answer = lambda number, prompt: replied("1")
+    assert main(words(sums, "--judge", server.url, "--judge-model", "sage")) == 0
+    assert "sums: judge sage: " in said(capsys) and server.requests
+    result = json.loads((sums.parent / "out/sums/results.json").read_text())
+    assert result["judge"].startswith("sage: ") and result["splits"]["test"]["accuracy"] == 1
+    rows = [json.loads(line) for line in (sums.parent / "out/sums/scores.jsonl").read_text().splitlines()]
+    assert {row["decided_by"] for row in rows} == {"sage"} and not all(row["robust"]["correct"] for row in rows)
 
 
 @pytest.fixture

@@ -79,10 +79,11 @@ def list_kind(arguments: argparse.Namespace) -> int:
     found = [
         {
             "name": name,
-            **{k: v for k, v in yaml.safe_load(path.read_text("utf-8")).items() if k in ("description", "licence")},
-            **(_splits_of(yaml.safe_load(path.read_text("utf-8"))) if arguments.kind == "benchmark" else {}),
+            **{key: card[key] for key in ("description", "licence") if key in card},
+            **(_splits_of(card) if arguments.kind == "benchmark" else {}),
         }
         for name, path in list_cards(arguments.kind).items()
+        for card in [yaml.safe_load(path.read_text("utf-8"))]
     ]
     width = max(len(card["name"]) for card in found)
     for card in found:

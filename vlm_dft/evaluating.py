@@ -18,7 +18,7 @@ from vlm_dft.decoding import GREEDY, Decoding
 from vlm_dft.errors import ConfigError
 from vlm_dft.fingerprints import settings_of
 from vlm_dft.locate import resolve_model
-from vlm_dft.prediction_file import ALONE, HOW, Share, check_settings, meta_of
+from vlm_dft.prediction_file import ALONE, HOW, Share, check_settings, longest, meta_of
 from vlm_dft.predictions import score_predictions
 from vlm_dft.runs import hold, write_json
 from vlm_dft.serving import Server, ask_server, check_server
@@ -75,10 +75,10 @@ class Prepared:
 
     config: EvalConfig
     asking: Asking
-    splits: dict[str, Splits]  # by the benchmark's name
-    found: dict[
-        str, dict[str, Any]
-    ]  # by that name: {"sources": each split's layout, folder, rows, expected; "remarks": sentences}
+    splits: dict[str, Splits]  # by the benchmark's name, as all that follows
+    metrics: dict[str, Sequence[str]]  # names of its card's own metrics
+    found: dict[str, dict[str, Any]]
+    """{"sources": each split's layout, folder, rows, expected; "remarks": sentences}"""
 
 
 def prepare(config: EvalConfig) -> Prepared:
@@ -96,7 +96,8 @@ def prepare(config: EvalConfig) -> Prepared:
         raise ConfigError(
             f"--as-trained {config.as_trained!r}: no run's config.yaml there. Expected the folder of a training run."
         )
-    names = [str(read_benchmark(name)["name"]) for name in config.benchmarks]  # every card before any row
+    cards = [read_benchmark(name) for name in config.benchmarks]  # every card before any row
+    names = [str(card["name"]) for card in cards]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ConfigError(f"{', '.join(sorted(twice))}: named twice. Name each benchmark once.")
     if unknown := sorted(set(config.data) - {"", *names, *config.benchmarks}):
@@ -114,11 +115,12 @@ def prepare(config: EvalConfig) -> Prepared:
         }
         splits[name] = with_system(loaded, asking.system)
         samples = _flat(splits[name])
-        limit = config.max_new_tokens or max(int(sample.record["max_new_tokens"]) for sample in samples)
+        limit = config.max_new_tokens or longest(samples)
         known = {"engine": config.engine, **_settings(config), **settings_of(samples, config.decoding, limit)}
         check_settings(config.output / name / PREDICTIONS, known)
     _claim(config.output)  # last: what is refused leaves nothing behind
-    return Prepared(config, asking, splits, found)
+    metrics = {name: card.get("metrics") or () for name, card in zip(names, cards, strict=True)}
+    return Prepared(config, asking, splits, metrics, found)
 
 
 def evaluate(prepared: Prepared, *, echo: Echo) -> tuple[dict[str, Any], int]:
@@ -205,14 +207,16 @@ def _score(prepared: Prepared, name: str, folder: Path, echo: Echo) -> None:
 
     config, samples = prepared.config, _flat(prepared.splits[name])
     rows = score_predictions(samples, folder / PREDICTIONS, folder / SCORES, judge=config.judge)
-    metrics = read_benchmark(config.benchmarks[list(prepared.splits).index(name)]).get("metrics") or ()
     meta = json.loads(meta_of(folder / PREDICTIONS).read_text(encoding="utf-8"))
     result = {
         "benchmark": name, "model": config.model, "protocol": config.protocol, "data": config.data.get(name, config.data.get("")),
         "limit": config.limit, "engine": config.engine, "decoding": {**config.decoding.as_dict(), "max_new_tokens": meta["max_new_tokens"]},
-        "generation": meta[HOW], "source": prepared.found[name], "splits": summarise(rows, metrics),
+        "generation": meta[HOW], "source": prepared.found[name],
+        "judge": None if config.judge is None else config.judge.summary(), "splits": summarise(rows, prepared.metrics[name]),
     }  # fmt: skip
     write_json(folder / RESULTS, result)
+    if result["judge"]:
+        echo(f"{name}: judge {result['judge']}")
 
 
 def _report(prepared: Prepared, echo: Echo) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from vlm_dft.decoding import GREEDY, Decoding
 from vlm_dft.errors import ImageError, ModelError
 from vlm_dft.fingerprints import digest, fingerprint, settings_of
 from vlm_dft.media import image_size
-from vlm_dft.prediction_file import ALONE, PredictionFile, Share
+from vlm_dft.prediction_file import ALONE, PredictionFile, Share, longest, row_of
 
 PIXELS_PER_TOKEN = 784  # 28 x 28; only to order prompts by length, where the processor does not tell
 CHARACTERS_PER_TOKEN = 3
@@ -128,11 +128,6 @@ def _asked(
     costs = [_cost(collator, sample, prompt) for sample, prompt in zip(samples, prompts, strict=True)]
     limit = limit or longest(samples)
     return Asked(model, collator, samples, decoding, limit, prompts=prompts, costs=costs, **more)
-
-
-def longest(samples: Sequence[Sample]) -> int:
-    """The most tokens of a response that the samples' cards allow."""
-    return max(int(sample.record["max_new_tokens"]) for sample in samples)
 
 
 def _settings(asked: Asked) -> dict[str, Any]:
@@ -277,11 +272,6 @@ def _drawn(asked: Asked, batch: Batch, input_ids: Tensor) -> dict[str, Any]:
         uniforms, input_ids.shape[1], temperature=asked.decoding.temperature, top_p=asked.decoding.top_p
     )
     return {"logits_processor": [draws]}
-
-
-def row_of(sample: Sample, draw: int, answer: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of predictions.jsonl."""
-    return {"id": sample.id, "draw": draw, "benchmark": sample.benchmark, "split": sample.split, **answer}
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from vlm_dft.judge_prompts import (
     mathverse_judgement_prompt,
     mathvista_prompt,
 )
-from vlm_dft.official.mathvista import mathvista_extraction, score_extraction
+from vlm_dft.official.mathvista import score_extraction, short_circuit
 from vlm_dft.scoring import score_response
 from vlm_dft.verdicts import Score
 
@@ -182,8 +182,7 @@ class _Replies:
 
 def _mathvista(judge: Judge, response: str, record: Mapping[str, Any]) -> Score:
     """The official short circuits first; then the judge extracts, and the official rule compares."""
-    short = mathvista_extraction(response, record)
-    if short.rule in ("is a choice", "is an integer", "is a float"):
+    if short := short_circuit(response, record):
         return score_extraction(short.answer, record, rule=short.rule)
     extraction = judge.ask(mathvista_prompt(response, record))
     return replace(score_extraction(extraction, record, rule="extracted by the judge"), decided_by=judge.model)

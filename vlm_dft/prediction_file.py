@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from vlm_dft.chat import Sample
 from vlm_dft.errors import ConfigError
 from vlm_dft.predictions import read_jsonl
 from vlm_dft.runs import write_json, write_text
@@ -29,6 +30,16 @@ class Share:
 
 
 ALONE = Share()
+
+
+def longest(samples: Sequence[Sample]) -> int:
+    """The most tokens of a response that the samples' cards allow."""
+    return max(int(sample.record["max_new_tokens"]) for sample in samples)
+
+
+def row_of(sample: Sample, draw: int, answer: Mapping[str, Any]) -> Row:
+    """A row of predictions.jsonl."""
+    return {"id": sample.id, "draw": draw, "benchmark": sample.benchmark, "split": sample.split, **answer}
 
 
 def meta_of(path: Path) -> Path:
@@ -122,7 +133,7 @@ class PredictionFile:
         self._join()
         found = {key_of(row): row for row in _read_whole_rows(self.path)}
         rows = [found[key] for key in self.order if key in found]
-        _replace(self.path, rows)
+        write_text(self.path, "".join(map(_line, rows)), sync=True)
         self._write_meta()
         self.share.wait()
         return rows
@@ -132,7 +143,7 @@ class PredictionFile:
         parts = _parts(self.path)
         found = {key_of(row): row for file in (self.path, *parts) for row in _read_whole_rows(file)}
         if parts:
-            _replace(self.path, list(found.values()))
+            write_text(self.path, "".join(map(_line, found.values())), sync=True)
         for part in parts:
             part.unlink()
 
@@ -153,19 +164,6 @@ def _read_whole_rows(path: Path) -> list[Row]:
     if whole != text:
         write_text(path, whole.decode("utf-8"))
     return read_jsonl(path)
-
-
-def _replace(path: Path, rows: Sequence[Row]) -> None:
-    """Write the file anew, whole or not at all, a power cut included."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with aside.open("w", encoding="utf-8", errors="backslashreplace") as file:
-            file.writelines(map(_line, rows))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _line(row: Row) -> str:

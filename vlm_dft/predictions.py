@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -63,11 +62,11 @@ def score_pairs(pairs: Sequence[tuple[Sample, Prediction]], *, judge: Judge | No
     if judge is not None:
         with ThreadPoolExecutor(ASKED) as pool:
             return list(pool.map(partial(_scored, judge=judge), range(len(pairs)), pairs))
-    workers = min(MOST, _cores())
+    from vlm_dft.workers import cores, in_parallel
+
+    workers = min(MOST, cores())
     if workers < 2 or len(pairs) < MANY:
         return [_scored(k, pair) for k, pair in enumerate(pairs)]
-    from vlm_dft.workers import in_parallel
-
     lean = ((replace(sample, messages=[], images=[]), replace(said, row={})) for sample, said in pairs)
     return list(in_parallel(_scored, enumerate(lean), workers, what="scoring"))
 
@@ -129,7 +128,3 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
             raise RowError(f"{path}, line {number}: expected an object, found {type(row).__name__}.")
         rows.append(row)
     return rows
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -16,7 +16,7 @@ from vlm_dft.answers import SHORT, Extracted, Kind, stated_answer
 from vlm_dft.equivalence import equivalent, is_mathematics, words
 from vlm_dft.latex_text import latex_text
 from vlm_dft.option_reading import leading_letter, option_letters, options_asked
-from vlm_dft.statements import settled
+from vlm_dft.statements import DOLLAR, settled
 from vlm_dft.verdicts import Score
 
 OUTRIGHT = ("boxed", "answer tag")
@@ -26,7 +26,6 @@ _MATHEMATICS = re.compile(r"[\d\\\\=]")
 _SHORT_ANSWER = re.compile(r'"(?:short[ _])?answer"\s*:\s*("(?:[^"\\]|\\.){0,2000}"|-?[\d.]{1,40})', re.IGNORECASE)
 _COMMAND = re.compile(r"(?<!\\)\\(?=[a-zA-Z]{2})")  # of LaTeX, in JSON that does not escape it
 _TEMPLATE = re.compile(r"<answer>\s*:\s*<{0,2}([^<>]{1,400})", re.IGNORECASE)
-_READ_AS_S = re.compile(r"\bS(?=\d)")  # a dollar sign, as text recognition gives it to models and they give it back
 _LETTER = re.compile(r"\W*([A-Za-z])\W*")
 _LETTERS = re.compile(r"\W*([A-Ha-h])(?:\W+(?:and\W+)?([A-Ha-h]))+\W*", re.IGNORECASE)
 KINDS: dict[str, Kind] = {
@@ -144,7 +143,7 @@ def _number(response: str, question: str | None, *, dollars: bool) -> Extracted:
     """The number that a response states: a box or a whole response of mathematics is the answer, not one number of it (16-8\\pi is not 8)."""
     response = response.replace(" | ", "\n")  # the cells of a table's row are no one sentence
     if dollars:
-        response = _READ_AS_S.sub("$", response)
+        response = DOLLAR.sub("$", response)
     if len(response) <= SHORT and "\n" not in response and is_mathematics(response):
         return Extracted(response.strip(), "whole response")
     written = stated_answer(response, kind="expression", question=question)

@@ -182,11 +182,17 @@ def _launcher() -> str:
     return "deepspeed" if "WORLD_SIZE" in os.environ and "CROSS_RANK" in os.environ else "python"
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+def write_text(path: Path, text: str, *, sync: bool = False) -> None:
+    """Write a file whole or not at all; with sync a power cut included."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        aside.write_text(text, encoding="utf-8", errors="backslashreplace")  # half a surrogate pair: an escape of JSON
+        with aside.open(
+            "w", encoding="utf-8", errors="backslashreplace"
+        ) as file:  # half a surrogate pair: an escape of JSON
+            file.write(text)
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(aside, path)
     except OSError as error:  # of a full disk: it does not say whose file it was
         raise (error if error.filename else OSError(error.errno, error.strerror, str(path))) from None

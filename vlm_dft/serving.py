@@ -20,7 +20,7 @@ from vlm_dft.decoding import GREEDY, Decoding
 from vlm_dft.errors import ConfigError, ModelError
 from vlm_dft.fingerprints import digest, settings_of
 from vlm_dft.pictures import data_uri
-from vlm_dft.prediction_file import PredictionFile
+from vlm_dft.prediction_file import PredictionFile, longest, row_of
 
 if TYPE_CHECKING:
     from vlm_dft.qwen_images import QwenImages
@@ -97,7 +97,7 @@ def ask_server(
     A request that fails is tried again; one that keeps failing is left out and said, and is asked again when the same is
     run again. rule: what resizes pictures (pictures.resizer). Raises NoServer where none can succeed: what is there stays.
     """
-    limit = max_new_tokens or max(int(sample.record["max_new_tokens"]) for sample in samples)
+    limit = max_new_tokens or longest(samples)
     pixels = (
         None if rule is None else [rule.min_pixels, rule.max_pixels, rule.patch_size * rule.merge_size, rule.resize]
     )
@@ -140,10 +140,7 @@ async def _ask_all(
             k, draw = places.popleft()
             answer = await _answer(run, samples[k], draw)
             if answer is not None:
-                sample = samples[k]
-                file.add(
-                    [{"id": sample.id, "draw": draw, "benchmark": sample.benchmark, "split": sample.split, **answer}]
-                )
+                file.add([row_of(samples[k], draw, answer)])
                 bar.update()
 
     async with client:
@@ -153,7 +150,9 @@ async def _ask_all(
             async with asyncio.TaskGroup() as group:
                 for _ in range(min(server.concurrency, len(places))):
                     group.create_task(work())
-        except BaseExceptionGroup as errors:
+        except (
+            BaseExceptionGroup
+        ) as errors:  # the first that a request raised; the others were cancelled, or met the same
             raise errors.exceptions[0] from None
     return run
 

@@ -206,6 +206,9 @@ ABSTAINS = re.compile(
 )
 """Words of a sentence that answers nothing."""
 
+DOLLAR = re.compile(r"\bS(?=\d)")
+"""A dollar sign as text recognition gives it to models, and as they give it back."""
+
 CONCLUDES = re.compile(
     r"[\s*_#>\"']{0,6}(?:(?:therefore|thus|hence|so|in conclusion|in summary|to summarize|overall|finally|in total|altogether"
     r"|consequently|as a result|this means|this gives|we (?:get|have|find|obtain|conclude)|(?:the )?final)\b|因此|所以|综上|故|答)",

@@ -42,6 +42,11 @@ class _Worker:
     chunks: deque[tuple[int, Chunk]] = field(default_factory=deque)  # (number, rows) that it has
 
 
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def in_parallel(work: Work, numbered: Iterator[tuple[int, Any]], workers: int, *, what: str) -> Generator[Any]:
     """work(place, row) of every (place, row), in order, made by so many processes. Raises what `work` raises.
 

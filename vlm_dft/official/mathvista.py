@@ -10,7 +10,7 @@ from rapidfuzz.distance import Levenshtein
 
 from vlm_dft.answers import Asking, Extracted, Kind, stated_in
 from vlm_dft.option_reading import covered_option, option_values, options_quoted
-from vlm_dft.statements import conclusions, segments, settled, statements
+from vlm_dft.statements import DOLLAR, conclusions, segments, settled, statements
 from vlm_dft.verdicts import Score
 
 LISTS: dict[str | None, Kind] = {"list": "list"}
@@ -22,9 +22,6 @@ MISSING = re.compile(
     re.IGNORECASE,
 )
 """Says that the answer found is no option."""
-
-DOLLAR = re.compile(r"\bS(?=\d)")
-"""A dollar sign as text recognition reads it, and as models copy it."""
 
 
 def score_mathvista(response: str, sample: Mapping[str, Any]) -> Score:
@@ -70,6 +67,14 @@ def _choice(extraction: str, choices: Sequence[str]) -> str:
 
 def mathvista_extraction(response: str, sample: Mapping[str, Any]) -> Extracted:
     """The official short circuits, then what the response says its answer is, as the official extractor (GPT) takes it."""
+    if short := short_circuit(response, sample):
+        return short
+    choices = sample.get("choices")
+    return _read(response, list(choices) if choices else None, sample.get("answer_type"), sample.get("question"))
+
+
+def short_circuit(response: str, sample: Mapping[str, Any]) -> Extracted | None:
+    """What the official code extracts without asking GPT; None where it asks."""
     choices, kind = sample.get("choices"), sample.get("answer_type")
     if response == "":
         return Extracted(None, "empty response")
@@ -82,7 +87,7 @@ def mathvista_extraction(response: str, sample: Mapping[str, Any]) -> Extracted:
             return Extracted(str(float(response)), "is a float")
     except ValueError:
         pass
-    return _read(response, list(choices) if choices else None, kind, sample.get("question"))
+    return None
 
 
 def _read(response: str, choices: list[str] | None, kind: str | None, question: str | None) -> Extracted:
