@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from vlm_dft import predictions
+from vlm_dft import predictions, workers
 from vlm_dft.chat import Sample
 from vlm_dft.errors import RowError
 from vlm_dft.foreign_predictions import Prediction
@@ -102,7 +102,7 @@ def test_several_processes_give_the_rows_that_one_gives(monkeypatch: pytest.Monk
     ]
     alone = score_pairs(pairs)
     monkeypatch.setattr(predictions, "MANY", 1)
-    monkeypatch.setattr(predictions, "_cores", lambda: 2)
+    monkeypatch.setattr(workers, "cores", lambda: 2)
     assert score_pairs(pairs) == alone
     assert sum(row["correct"] for row in alone) == sum(k % 5 == k % 7 for k in range(60))
 

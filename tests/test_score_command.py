@@ -312,7 +312,7 @@ def test_scoring_imports_neither_torch_nor_transformers(tmp_path: Path) -> None:
     }
     lines(tmp_path / "m.jsonl", [{**row, "pid": k} for k in range(200)])
     code = (
-        "import sys; from vlm_dft import predictions; from vlm_dft.cli import main; predictions.MANY, predictions._cores = 100, lambda: 2; "
+        "import sys; from vlm_dft import predictions, workers; from vlm_dft.cli import main; predictions.MANY, workers.cores = 100, lambda: 2; "
         f"status = main(['score', {str(tmp_path / 'm.jsonl')!r}, '--benchmark', 'mathvista', '--to', 'vlmevalkit', {str(tmp_path / 'm.xlsx')!r}]); "
         "heavy = {'torch', 'transformers', 'datasets', 'pandas', 'openai'} & set(sys.modules); assert not heavy, heavy; sys.exit(status)"
     )
